@@ -1,0 +1,1300 @@
+"""World-model JEPA: learn what actions do, in latent space, from unlabelled clips; then plan with it towards a goal image.
+
+A dot moves through two rooms joined by a door. Nothing tells the model what a position, a wall or a door is.
+
+    z_t = encode(o_t)                                   IMPALA CNN, LayerNorm
+    y_0 = z_t,  y_k = predict(y_{k-1}, a_{t+k-1})       GRU cell or residual MLP, the encoder's LayerNorm after each step
+    loss = mean_k |y_k - z_{t+k}|^2                     no stop-gradient; collapse is prevented by
+         + 16 variance(z) + 8 covariance(z)             (VICReg, arXiv 2105.04906, in kernels/)
+         + 12 |z_t - z_{t+1}|^2                         smooth in time
+         + |inverse(z_t, z_{t+1}) - a_t|^2              and must tell which action was taken
+    plan: argmin over a_1..a_H of sum_t cost(y_t, encode(goal image)), by MPPI or CEM, again every few steps
+
+The published recipe (arXiv 2602.03604; preset `paper`) takes |y - goal|^2 for the cost. That is blind to walls: a lean
+planner walks into the corner nearest the goal. Presets `gpu` and `cpu` learn a distance that sees them, on frozen latents
+of the same clips: d(z, z') = sum_g |psi_g(z) - psi_g(z')|, the *largest* metric in which no step is longer than its action,
+
+    max E d(z_i, z_j)   subject to   d(z_t, z_{t+1}) <= |a_t|   (as a penalty; i, j: any two frames of one trajectory)
+
+which is the shortest-path problem's dual (Wang et al. 2023, arXiv 2304.01203), in px of travel, with no position label.
+
+    python world_model.py                       # preset gpu on CUDA, cpu elsewhere
+    python world_model.py --preset paper        # the published sizes, losses and planner
+    python world_model.py --ablate variance     # see what a term is for
+"""
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import gru_rollout_cost, variance_covariance_loss
+
+TERMS = ("prediction", "variance", "covariance", "similarity", "inverse_dynamics", "distance", "probe")
+ABLATIONS = ("variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance")
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+@dataclass
+class Config:
+    """Train a latent world model in Two Rooms and plan with it. Defaults are those of the chosen preset."""
+
+    preset: Literal["gpu", "paper", "cpu", "smoke"] = "gpu"  # set of defaults; any flag given beside it wins
+    seed: int = 0  # of weights and training data
+    run_dir: str = ""  # folder of this run; empty: the first free runs/world_model/<preset>-<n>
+    resume: bool = False  # go on from the checkpoint in the run folder
+    overwrite: bool = False  # empty a run folder that exists
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    compile: bool = True  # torch.compile the loss, forward and backward
+    kernels: bool = True  # planner: fused GRU rollouts where they apply; off: step the model's modules
+    # data
+    fixed_wall: bool = False  # wall at x 32, door at y 18 in every episode; off: both random
+    clip_frames: int = 17  # consecutive frames of a training clip
+    trajectory_steps: int = 90  # steps of the trajectory that a clip is cut from
+    clips_per_layout: int = 4  # clips of a batch that share their rooms
+    # model
+    latent_dim: int = 512  # features of a latent
+    channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages of the encoder
+    encoder: Literal["impala", "strided"] = "impala"  # strided: one stride-2 convolution a stage, nothing else
+    half_resolution: bool = False  # average 2 x 2 pixels of the observation first
+    predictor: Literal["gru", "residual"] = "residual"  # residual: z + MLP(z, a)
+    predictor_width: int = 1024  # hidden units of the residual predictor
+    # loss
+    rollout: int = 8  # steps predicted open-loop in training
+    variance_weight: float = 16.0  # hinge on each feature's standard deviation
+    covariance_weight: float = 8.0  # squared off-diagonal covariances
+    similarity_weight: float = 12.0  # squared difference of consecutive latents
+    inverse_weight: float = 1.0  # inverse dynamics
+    ablate: tuple[Literal["variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance"], ...] = ()
+    # optimisation
+    steps: int = 3125  # optimiser steps of the whole schedule
+    max_steps: int = 0  # stop after this many steps of it; 0 = off
+    batch_size: int = 384  # clips a step, over all processes
+    lr: float = 1e-3  # peak of AdamW's learning rate, after 10 % linear warm-up and before cosine decay to 0
+    weight_decay: float = 1e-5  # AdamW
+    grad_clip: float = 2.0  # largest gradient norm, of encoder and predictor apart
+    # planner
+    planner: Literal["mppi", "cem"] = "mppi"  # mppi: elites weighted by softmax(-cost / temperature); cem: equally
+    cost: Literal["distance", "latent"] = "distance"  # learnt distance (px) or mean squared latent difference
+    objective: Literal["sum", "last"] = "sum"  # cost of every step of the plan, or of its end
+    samples: int = 128  # candidate plans an iteration
+    iterations: int = 3  # rounds of sampling
+    elites: int = 16  # candidates that shape the next round
+    horizon: int = 16  # steps planned ahead
+    init_std: float = 1.0  # of the first round's actions, px
+    temperature: float = 8.0  # of MPPI's softmax, in units of cost
+    action_limit: float = 1.8  # largest action norm, px; 0 = off
+    smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
+    warm_start: bool = True  # begin from the previous plan, shifted
+    execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
+    replan_every: int = 2  # steps acted before planning anew
+    # evaluation and logging
+    episodes: int = 1000  # planning tasks
+    episode_steps: int = 200  # steps of an episode
+    task_seed: int = 12345  # of the planning tasks
+    log_every: int = 50  # steps between log lines
+    checkpoint_every: int = 500  # steps between checkpoints
+
+
+PRESETS: dict[str, dict] = {
+    "gpu": {},
+    "paper": dict(
+        clips_per_layout=1, predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
+        # the reference multiplies costs by 0.005 where a temperature would divide them
+        temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
+    ),
+    "cpu": dict(
+        latent_dim=128, channels=(16, 32, 64), encoder="strided", half_resolution=True, predictor_width=256, steps=4000, batch_size=64,
+        lr=2e-3, samples=64, episodes=100,
+    ),
+    "smoke": dict(
+        latent_dim=32, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
+        samples=16, iterations=2, elites=4, horizon=6, episodes=6, episode_steps=40, log_every=10, checkpoint_every=20,
+        compile=False,
+    ),
+}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {
+    "run_dir", "resume", "overwrite", "device", "compile", "kernels", "max_steps", "log_every", "checkpoint_every",
+    "planner", "cost", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
+    "action_limit", "smooth", "warm_start", "execute", "replan_every", "episodes", "episode_steps", "task_seed",
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """What a person can mend: printed as one line, without a traceback."""
+
+
+def preset(name: str, planner: str | None = None, **overrides) -> Config:
+    """The configuration of a preset, with fields replaced: `preset("cpu", seed=1)`."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is none of {', '.join(PRESETS)}")
+    values = {"preset": name, **PRESETS[name]}
+    if planner == "cem" and name == "paper":  # the published CEM has limits of its own
+        values |= dict(planner="cem", init_std=1.5, action_limit=2.45)
+    return Config(**values | overrides)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+# Two Rooms, positions (x, y) in px, x to the right, y downwards, pixel centres at integers.
+SIZE, LOW, HIGH = 65, 4.0, 60.0  # image side; the dot lives strictly between the borders LOW and HIGH
+WALL_HALF, DOOR_HALF = 1.5, 4.0  # the wall is 3 px wide; the door reaches 4 px to either side of its centre
+DOT_STD, KEEP_OFF, SUCCESS_PX = 1.3, 0.3, 4.5
+MEAN, STD = (0.0026, 0.0989), (0.0369, 0.2986)  # per channel, of observations in [0, 1]
+
+
+class Layout(NamedTuple):
+    wall_x: Tensor  # [N] centre of the wall, integer px
+    door_y: Tensor  # [N] centre of the door, integer px
+
+
+class Trajectories(NamedTuple):
+    position: Tensor  # [N, T + 1, 2] px
+    action: Tensor  # [N, T, 2] px a step
+    layout: Layout
+
+
+def random_layout(n: int, generator: torch.Generator, fixed_wall: bool = False) -> Layout:
+    """n layouts: wall x in 20..44 and door y in 10..54, or 32 and 18 for the fixed wall."""
+    if fixed_wall:
+        return Layout(*(torch.full((n,), v, device=generator.device) for v in (32.0, 18.0)))
+    draw = lambda low, high: torch.randint(low, high + 1, (n,), generator=generator, device=generator.device).float()
+    return Layout(draw(20, 44), draw(10, 54))
+
+
+def obstacles(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Lower and upper corners, each [N, 6, 2], of all that is solid: four borders, the wall on both sides of the door."""
+    x, y = layout
+    far = torch.full_like(x, torch.inf)
+    low, high = torch.full_like(x, LOW), torch.full_like(x, HIGH)
+    wall = (x - WALL_HALF, x + WALL_HALF)
+    boxes = [  # x from, x to, y from, y to
+        (-far, low, -far, far), (high, far, -far, far), (-far, far, -far, low), (-far, far, high, far),
+        (*wall, -far, y - DOOR_HALF), (*wall, y + DOOR_HALF, far),
+    ]  # fmt: skip
+    x0, x1, y0, y1 = (torch.stack(side, 1) for side in zip(*boxes))
+    return torch.stack((x0, y0), 2), torch.stack((x1, y1), 2)
+
+
+def first_contact(position: Tensor, action: Tensor, boxes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where along its action [N, 2] a dot meets an obstacle: fraction [N] (inf = free) and face normal [N, 2].
+
+    The slab method: a segment is inside a box while it is inside both its x and its y interval.
+    """
+    step = torch.where(action.abs() < 1e-9, 1e-9, action)[:, None]  # [N, 1, 2]; no 0 / 0
+    a, b = (boxes[0] - position[:, None]) / step, (boxes[1] - position[:, None]) / step  # [N, 6, 2]
+    enter, axis = torch.minimum(a, b).max(2)  # [N, 6]
+    leave = torch.maximum(a, b).amin(2)
+    # a move that would end a hair before an obstacle counts as meeting it: rounding never puts a dot inside
+    hit = (enter < leave) & (leave > 0) & (enter <= 1 + 1e-4)
+    fraction, box = torch.where(hit, enter.clamp(min=0), torch.inf).min(1)  # [N]
+    along = F.one_hot(axis.gather(1, box[:, None])[:, 0], 2)  # [N, 2]
+    return fraction, -torch.sign(action) * along
+
+
+def move(position: Tensor, action: Tensor, boxes: tuple[Tensor, Tensor], noise: Tensor | None = None) -> Tensor:
+    """One step of the dot [N, 2]. A blocked move leaves it where it was (training data, `noise` None) or at the point
+    of contact, pushed off the face by |noise| * 0.5 px, at least 0.3 px (evaluation; noise [N], standard normal)."""
+    fraction, normal = first_contact(position, action, boxes)
+    blocked = torch.isfinite(fraction)[:, None]
+    if noise is None:
+        return torch.where(blocked, position, position + action)
+    contact = position + torch.where(blocked, fraction[:, None], 1.0) * action
+    push = (0.5 * noise.abs()).clamp(KEEP_OFF, 2.0)[:, None] * normal  # 2 px: 4 sigma, and never through a door frame
+    return torch.where(blocked, (contact + push).clamp(LOW + KEEP_OFF, HIGH - KEEP_OFF), contact)
+
+
+def random_position(layout: Layout, margin: float, side: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions [N, 2], uniform in the left (side 0) or right (side 1) room [N], at least `margin` px from walls."""
+    u = torch.rand(len(side), 2, generator=generator, device=generator.device)
+    low = torch.where(side == 0, LOW, layout.wall_x + WALL_HALF) + margin
+    high = torch.where(side == 0, layout.wall_x - WALL_HALF, HIGH) - margin
+    return torch.stack((low + u[:, 0] * (high - low), LOW + margin + u[:, 1] * (HIGH - LOW - 2 * margin)), 1)
+
+
+@functools.cache
+def von_mises_table(concentration: float = 5.0, points: int = 4096) -> Tensor:
+    """Quantiles of a von Mises angle, for sampling by table look-up (its quantile function has no closed form)."""
+    angle = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)
+    cdf = torch.exp(concentration * (angle.cos() - 1)).cumsum(0)
+    return angle[torch.searchsorted(cdf / cdf[-1], torch.linspace(0, 1 - 1e-9, points, dtype=torch.float64))].float()
+
+
+def random_actions(n: int, steps: int, heading: Tensor, generator: torch.Generator) -> Tensor:
+    """Actions [n, steps, 2]: the heading a random walk with von Mises noise from `heading` [n], the length a normal
+    (mean 1, std 0.4 px) cut to 0.2..1.8 px."""
+    u = torch.rand(2, n, steps, generator=generator, device=generator.device)
+    table = von_mises_table().to(u.device)
+    turn = table[(u[0] * len(table)).long().clamp(max=len(table) - 1)]
+    edge = math.erf(2 / math.sqrt(2))  # the cut lies at two standard deviations
+    length = 1 + 0.4 * math.sqrt(2) * torch.erfinv((2 * u[1] - 1) * edge)
+    angle = heading[:, None] + turn.cumsum(1)
+    return length[..., None] * torch.stack((angle.cos(), angle.sin()), 2)
+
+
+def trajectories(n: int, steps: int, generator: torch.Generator, fixed_wall=False, per_layout=1) -> Trajectories:
+    """n training trajectories, `per_layout` neighbours in the same rooms. 35 % pass the door: two walks from within it,
+    in opposite directions, the first run backwards in time (a free move is free both ways; a blocked one stays one)."""
+    device, k = generator.device, round(0.35 * n)
+    layout = Layout(*(x.repeat_interleave(per_layout) for x in random_layout(n // per_layout, generator, fixed_wall)))
+    rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    # a room is chosen in proportion to its width, so that starts are uniform over the free space
+    room = (rand(n) * (HIGH - LOW - 2 * WALL_HALF) > layout.wall_x - WALL_HALF - LOW).float()
+    start, heading = random_position(layout, KEEP_OFF, room, generator), 2 * math.pi * rand(n)
+    cross = torch.randperm(n, generator=generator, device=device)[:k]
+    door = torch.stack((layout.wall_x[cross], layout.door_y[cross]), 1)
+    start[cross] = door + (2 * rand(k, 2) - 1) * torch.tensor([WALL_HALF, DOOR_HALF - KEEP_OFF], device=device)
+    heading[cross] = math.pi * (rand(k) < 0.5) + (rand(k) - 0.5) * math.pi / 2
+    both = lambda x, y: torch.cat((x, y[cross]))
+    action = random_actions(n + k, steps, both(heading, heading + math.pi), generator)
+    boxes = tuple(both(side, side) for side in obstacles(layout))
+    path = [both(start, start)]
+    for t in range(steps):
+        path.append(move(path[-1], action[:, t], boxes))
+    path = torch.stack(path, 1)  # [n + k, steps + 1, 2]
+    path, back, action, back_action = path[:n], path[n:], action[:n], action[n:]
+    undo = torch.where((back[:, 1:] == back[:, :-1]).all(2, keepdim=True), back_action, -back_action)
+    t, at = torch.arange(steps + 1, device=device), torch.randint(0, steps + 1, (k, 1), generator=generator, device=device)
+    pick = lambda x, index: x.gather(1, index.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, 2))
+    later = (t >= at)[..., None]  # `at`: when the dot is in the door
+    path[cross] = torch.where(later, pick(path[cross], t - at), pick(back, at - t))
+    action[cross] = torch.where(later[:, :-1], pick(action[cross], (t - at)[:, :-1]), pick(undo, (at - t)[:, :-1] - 1))
+    return Trajectories(path, action, layout)
+
+
+def render(position: Tensor, layout: Layout) -> Tensor:
+    """Observations [N, T, 2, 65, 65] uint8 (dot, walls) of positions [N, T, 2] in px.
+
+    Only the 10 x 10 pixels round the dot are computed: all others, 5 px and more away, round to zero."""
+    N, T, _ = position.shape
+    corner = position.floor().clamp(LOW, HIGH - 1) - 4
+    window = corner[..., None] + torch.arange(10, device=position.device)  # [N, T, 2, 10] pixels
+    blob = torch.exp((window - position[..., None]).square() / (-2 * DOT_STD**2))  # separable
+    patch = (255 * blob[:, :, 1, :, None] * blob[:, :, 0, None, :] + 0.5).to(torch.uint8)  # rows are y
+    index = (window[:, :, 1, :, None] * SIZE + window[:, :, 0, None, :]).long()
+    dot = torch.zeros(N, T, SIZE * SIZE, dtype=torch.uint8, device=position.device)
+    dot = dot.scatter(2, index.flatten(2), patch.flatten(2)).view(N, T, SIZE, SIZE)
+    pixel = torch.arange(SIZE, device=position.device)
+    border = (pixel == LOW) | (pixel == HIGH)
+    wall = (pixel - layout.wall_x[:, None]).abs() <= WALL_HALF  # [N, 65]
+    door = (pixel - layout.door_y[:, None]).abs() <= DOOR_HALF
+    solid = border[:, None] | border | (wall[:, None, :] & ~door[:, :, None])  # [N, 65, 65]
+    walls = solid.to(torch.uint8).mul(255)[:, None].expand_as(dot)
+    return torch.stack((dot, walls), 2)
+
+
+class ClipStream:
+    """Training batches as a pure function of (seed, step): nothing to save, and a resumed run sees the same clips.
+
+    Trajectories are made for BLOCK steps at once, so that the 90 dependent moves cost little."""
+
+    BLOCK = 16
+
+    def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world: int = 1):
+        self.cfg, self.generator, self.block = cfg, torch.Generator(device), None
+        self.rank, self.world = rank, world
+
+    def __call__(self, step: int) -> Trajectories:
+        cfg, g = self.cfg, self.generator
+        block, index = divmod(step, self.BLOCK)
+        if block != self.block:
+            g.manual_seed((cfg.seed << 32) + block)
+            n, T = self.BLOCK * cfg.batch_size, cfg.trajectory_steps
+            self.block, self.data = block, trajectories(n, T, g, cfg.fixed_wall, cfg.clips_per_layout)
+            begin = torch.randint(0, T - cfg.clip_frames + 2, (n, 1, 1), generator=g, device=g.device)
+            self.frames = (begin + torch.arange(cfg.clip_frames, device=g.device)[:, None]).expand(-1, -1, 2)
+        share = cfg.batch_size // self.world
+        first = index * cfg.batch_size + self.rank * share
+        path, action, layout, frames = (
+            x[first : first + share] for x in (self.data.position, self.data.action, torch.stack(self.data.layout, 1), self.frames)
+        )
+        return Trajectories(path.gather(1, frames), action.gather(1, frames[:, :-1]), Layout(*layout.unbind(1)))
+
+
+class TwoRooms:
+    """`batch` Two Rooms tasks side by side, in the manner of gymnasium.
+
+    reset() -> obs [E, 2, 65, 65] uint8, info;   step(actions [E, 2] px) -> obs, reward, terminated, truncated, info
+    `info`: tensors position [E, 2], goal [E, 2], wall_x [E], door_y [E], success [E], goal_obs [E, 2, 65, 65].
+    Reward is 1 within 4.5 px of the goal, else 0. Nothing terminates; all are truncated after `max_steps`.
+    """
+
+    def __init__(self, batch: int, seed: int = 0, fixed_wall=False, max_steps: int = 200, device="cpu"):
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self.batch, self.seed, self.fixed_wall, self.max_steps = batch, seed, fixed_wall, max_steps
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed)
+
+    def reset(self, seed: int | None = None) -> tuple[Tensor, dict]:
+        """New layouts and tasks: start and goal in different rooms, at least 2.6 px from walls."""
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        g = self.generator
+        self.layout = random_layout(self.batch, g, self.fixed_wall)
+        self.boxes = obstacles(self.layout)
+        room = torch.randint(0, 2, (self.batch,), generator=g, device=g.device)
+        self.position = random_position(self.layout, 2.6, room, g)
+        self.goal = random_position(self.layout, 2.6, 1 - room, g)
+        self.goal_obs, self.t = render(self.goal[:, None], self.layout)[:, 0], 0
+        return self.observe()
+
+    def observe(self) -> tuple[Tensor, dict]:
+        info = dict(position=self.position, goal=self.goal, wall_x=self.layout.wall_x, door_y=self.layout.door_y)
+        success = (self.position - self.goal).norm(dim=1) < SUCCESS_PX
+        return render(self.position[:, None], self.layout)[:, 0], {**info, "success": success, "goal_obs": self.goal_obs}
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.position.device)
+        if actions.shape != (self.batch, 2) or not bool(torch.isfinite(actions).all()):
+            raise ValueError(f"actions must be finite, of shape {(self.batch, 2)}; got shape {tuple(actions.shape)}")
+        noise = torch.randn(self.batch, generator=self.generator, device=actions.device)
+        self.position = move(self.position, actions, self.boxes, noise)
+        self.t += 1
+        obs, info = self.observe()
+        ended = torch.zeros_like(info["success"])
+        return obs, info["success"].float(), ended, ended | (self.t >= self.max_steps), info
+
+    def render(self) -> Tensor:
+        """RGB pictures [E, 65, 65, 3] uint8: walls grey, dot blue, goal orange, on white."""
+        return paint(self.position, self.goal, self.layout)
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+def mlp(*sizes: int) -> nn.Sequential:
+    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Encoder(nn.Module):
+    """IMPALA CNN (Espeholt et al. 2018, arXiv 1802.01561, fig. 3): observations [N, 2, 65, 65] in 0..255 -> [N, D]."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.half = cfg.half_resolution
+        layers, previous, side = [], 2, SIZE // 2 if self.half else SIZE
+        for channels in cfg.channels:
+            if cfg.encoder == "impala":
+                layers += [nn.Conv2d(previous, channels, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
+                layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            else:
+                layers += [nn.Conv2d(previous, channels, 3, stride=2, padding=1), nn.ReLU()]
+            previous, side = channels, (side + 1) // 2
+        self.cnn = nn.Sequential(*layers)
+        self.linear = nn.Linear(previous * side * side, cfg.latent_dim)
+        self.norm = nn.LayerNorm(cfg.latent_dim)
+        self.register_buffer("mean", torch.tensor(MEAN).view(2, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(2, 1, 1), persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x, full = obs, 255
+        if self.half:  # sums of slices in int16: a tenth of the time of avg_pool2d on floats, and the same numbers
+            x = (x if x.is_floating_point() else x.short())[:, :, : SIZE - 1, : SIZE - 1]  # the last row lies outside
+            x, full = x[:, :, ::2] + x[:, :, 1::2], 4 * 255
+            x = x[..., ::2] + x[..., 1::2]
+        x = (x.float() / full - self.mean) / self.std
+        x = self.cnn(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.linear(F.relu(x).flatten(1)))
+
+
+class WorldModel(nn.Module):
+    """Encoder and predictor, trained together, and the heads that read the latents (probe, distance: detached)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        D = cfg.latent_dim
+        self.encoder = Encoder(cfg).to(memory_format=torch.channels_last)
+        self.residual = cfg.predictor == "residual"
+        W = cfg.predictor_width
+        self.predictor = mlp(D + 2, W, W, D) if self.residual else nn.GRUCell(2, D)
+        self.inverse_dynamics = mlp(2 * D, 256, 256, 2)
+        self.probe = mlp(D, 512, 4)  # x, y, wall x, door y: (px - 32) / 16
+        self.distance = mlp(D, 256, 256, 64)  # psi: eight groups of eight
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observations [N, 2, 65, 65], uint8 or float in 0..255 -> latents [N, D]."""
+        return self.encoder(obs)
+
+    def predict(self, z: Tensor, action: Tensor) -> Tensor:
+        """Latents [N, D], actions [N, 2] in px -> next latents [N, D]."""
+        if self.residual:
+            return self.encoder.norm(z + self.predictor(torch.cat((z, action.to(z.dtype)), 1)))
+        return self.encoder.norm(self.predictor(action.to(z.dtype), z))
+
+    def read(self, z: Tensor) -> Tensor:
+        """Latents [..., D] -> what the probe sees, in px: x, y, wall x, door y [..., 4]."""
+        return 32 + 16 * self.probe(z).float()
+
+
+def metric(a: Tensor, b: Tensor) -> Tensor:
+    """Distance in px between embeddings psi [..., 64] -> [...]: a sum of Euclidean distances, hence a metric, and rich
+    enough for two rooms that meet in a point (no single Euclidean distance is: the rooms' detours add up)."""
+    return ((a - b).float().unflatten(-1, (8, 8)).square().sum(-1) + 1e-6).sqrt().sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+def gather(z: Tensor) -> Tensor:
+    """Rows of all processes; the gradient is that of the own rows, so that summing it over processes is exact."""
+    if not dist.is_initialized():
+        return z
+    rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[dist.get_rank()] = z
+    return torch.cat(rows)
+
+
+def distance_loss(psi: Tensor, action: Tensor, per_layout: int) -> Tensor:
+    """psi [B, T, 64] of clips' frames, `per_layout` neighbours from the same rooms, actions [B, T - 1, 2] -> scalar.
+
+    Pushes apart the frames that share their rooms, while no step may be longer than its action. The weight 30 on the
+    latter keeps steps within about a tenth of a pixel of it."""
+    excess = F.relu(metric(psi[:, 1:], psi[:, :-1]) - action.norm(dim=2))
+    some = psi[:, ::8].reshape(len(psi) // per_layout, -1, psi.shape[2])  # [layouts, P, 64]
+    i, j = torch.triu_indices(some.shape[1], some.shape[1], 1, device=psi.device)
+    return 30 * excess.square().mean() - metric(some[:, i], some[:, j]).mean()
+
+
+def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """-> total loss (0-d, to differentiate), the terms [7] in the order of TERMS (detached), latents [B T, D] (detached)."""
+    (B, T, _), device = batch.position.shape, batch.position.device
+    off = {a: a in cfg.ablate for a in ABLATIONS}
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        z = model.encode(render(batch.position, batch.layout).flatten(0, 1)).view(B, T, -1)  # [B, T, D]
+        # roll out from every frame that has K successors in the clip, all at once
+        K = 1 if off["rollout"] else cfg.rollout
+        starts = T - K
+        y, prediction = z[:, :starts].flatten(0, 1), 0.0  # [B starts, D]
+        for k in range(K):
+            y = model.predict(y, batch.action[:, k : k + starts].flatten(0, 1))
+            target = z[:, k + 1 : k + 1 + starts].flatten(0, 1)
+            prediction = prediction + (y.float() - target.float()).square().mean() / K
+        action = model.inverse_dynamics(torch.cat((z[:, :-1], z[:, 1:]), 2))
+        psi = model.distance(z.detach())
+        read = model.probe(z.detach()).float()
+    inverse = (action.float() - batch.action).square().mean()
+    similarity = (z[:, 1:].float() - z[:, :-1].float()).square().mean()
+    variance, covariance = variance_covariance_loss(gather(z.float().flatten(0, 1)))
+    truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
+    probe = (read - (truth - 32) / 16).square().mean()
+    distance = distance_loss(psi, batch.action, cfg.clips_per_layout) if not off["distance"] else torch.zeros_like(probe)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    local = (
+        prediction
+        + (not off["similarity"]) * cfg.similarity_weight * similarity
+        + (not off["inverse-dynamics"]) * cfg.inverse_weight * inverse
+        + probe
+        + 0.1 * distance
+    )
+    total = (  # the statistics are over all processes' rows, the rest are means over this process's own
+        local / world
+        + (not off["variance"]) * cfg.variance_weight * variance
+        + (not off["covariance"]) * cfg.covariance_weight * covariance
+    )
+    terms = torch.stack((prediction, variance, covariance, similarity, inverse, distance, probe)).detach()
+    return total, terms, z.detach().flatten(0, 1)
+
+
+@torch.no_grad()
+def collapse_meter(z: Tensor) -> dict[str, float]:
+    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
+    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    z = z[:2048].float()
+    z = z - z.mean(0)
+    std = z.std(0)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum().clamp(min=1e-12)
+    correlation = (z.T @ z) / (len(z) - 1) / (std[:, None] * std).clamp(min=1e-12)
+    off = correlation.abs().sum() - correlation.diagonal().abs().sum()
+    return dict(
+        effective_rank=torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()).item(),
+        std_min=std.min().item(), std_mean=std.mean().item(),
+        correlation=(off / (z.shape[1] * (z.shape[1] - 1))).item(),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- optimisation
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up over the first tenth of the schedule, then cosine to zero."""
+    warmup = max(1, cfg.steps // 10)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+
+
+def update(model: WorldModel, optimizer: torch.optim.Optimizer, cfg: Config, lr: float) -> None:
+    """One AdamW step; gradients summed over processes, then clipped module by module."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
+            g.copy_(new)
+    for module in model.children():
+        nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# --------------------------------------------------------------------------------------------------------- planning
+def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
+    """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] towards goal latents [E, D], all rolled out in one batch."""
+    E, S, H, _ = actions.shape
+    if cfg.kernels and cfg.cost == "latent" and not model.residual:
+        gru, norm = model.predictor, model.encoder.norm
+        weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias)
+        return gru_rollout_cost(state, actions, goal, *weights, objective=cfg.objective)
+    features = model.distance if cfg.cost == "distance" else lambda z: z
+    z, goal = state.repeat_interleave(S, 0), features(goal)[:, None]  # [E S, D], [E, 1, .]
+    actions = actions.permute(2, 0, 1, 3).flatten(1, 2)  # [H, E S, 2]
+    cost = torch.zeros(E, S, device=z.device)
+    for t in range(H):
+        z = model.predict(z, actions[t])
+        if cfg.objective == "sum" or t == H - 1:
+            at = features(z).view(E, S, -1)
+            cost += metric(at, goal) if cfg.cost == "distance" else (at - goal).float().square().mean(2)
+    return cost
+
+
+def limit_norm(actions: Tensor, limit: float) -> Tensor:
+    return actions * (limit / actions.norm(dim=-1, keepdim=True).clamp(min=limit)) if limit else actions
+
+
+def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generator, cost_of=rollout_cost):
+    """Sampling-based planning from latents [E, D] to goal latents [E, D], starting from the plan `mean` [E, H, 2].
+
+    MPPI (Williams et al. 2017, arXiv 1707.02342) over elites, as in TD-MPC (arXiv 2203.04955), or CEM.
+    -> plan to execute [E, H, 2], mean plan [E, H, 2].
+    """
+    (E, H, _), S, device = mean.shape, cfg.samples, mean.device
+    lag = torch.arange(H, device=device)
+    lag = (lag[:, None] - lag).float()
+    # AR(1) noise as one matrix: row t weighs the white noise of steps <= t, unit variance at every step
+    ar = torch.where(lag >= 0, cfg.smooth ** lag.clamp(min=0), 0.0)
+    ar = ar / ar.norm(dim=1, keepdim=True)
+    std = torch.full_like(mean, cfg.init_std)
+    best = mean
+    for _ in range(cfg.iterations):
+        noise = torch.randn(E, S, H, 2, generator=generator, device=device)
+        actions = mean[:, None] + std[:, None] * torch.einsum("ht,estk->eshk", ar, noise)
+        if cfg.warm_start:  # never lose what was found
+            actions[:, 0], actions[:, 1] = mean, best
+        actions = limit_norm(actions, cfg.action_limit)
+        cost, index = cost_of(model, cfg, state, actions, goal).topk(cfg.elites, dim=1, largest=False)
+        elites = actions.gather(1, index[:, :, None, None].expand(-1, -1, H, 2))  # [E, elites, H, 2]
+        weight = torch.softmax(-cost / cfg.temperature, 1) if cfg.planner == "mppi" else torch.ones_like(cost) / cfg.elites
+        best, w = elites[:, 0], weight[:, :, None, None]
+        mean = (w * elites).sum(1)
+        std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=0.05)
+    if cfg.execute == "elite":
+        drawn = torch.multinomial(weight, 1, generator=generator)[:, :, None, None].expand(-1, -1, H, 2)
+        return elites.gather(1, drawn)[:, 0], mean
+    return mean, mean
+
+
+class Agent:
+    """Plans for E episodes at once: `act(obs, goal_obs, steps_left) -> actions [E, 2]`; `reset()` between episodes."""
+
+    def __init__(self, model: WorldModel, cfg: Config, seed: int = 0):
+        self.model, self.cfg, self.device = model.eval(), cfg, next(model.parameters()).device
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the current plan."""
+        self.actions = self.mean = None
+        self.age = 0
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, goal_obs: Tensor, steps_left: int) -> Tensor:
+        """Observations and goals [E, 2, 65, 65], uint8 or float in 0..255 -> the next actions [E, 2] in px.
+
+        steps_left: steps to the end of the episode, this one included. Raises ValueError for other shapes or none left.
+        """
+        obs, goal_obs = (torch.as_tensor(x, device=self.device) for x in (obs, goal_obs))
+        if obs.ndim != 4 or obs.shape[1:] != (2, SIZE, SIZE) or goal_obs.shape != obs.shape:
+            raise ValueError(f"obs and goal_obs must be [E, 2, 65, 65], got {tuple(obs.shape)}, {tuple(goal_obs.shape)}")
+        if steps_left < 1:
+            raise ValueError(f"steps_left must be at least 1, got {steps_left}")
+        if self.mean is not None and len(self.mean) != len(obs):
+            raise ValueError(f"the plan is for {len(self.mean)} episodes, obs for {len(obs)}: call reset() between batches")
+        if self.mean is None or self.age >= min(self.cfg.replan_every, self.mean.shape[1]):
+            self.replan(obs, goal_obs, min(self.cfg.horizon, int(steps_left)))
+        self.age += 1
+        return self.actions[:, self.age - 1]
+
+    def replan(self, obs: Tensor, goal_obs: Tensor, horizon: int) -> None:
+        mean = torch.zeros(len(obs), horizon, 2, device=self.device)
+        if self.cfg.warm_start and self.mean is not None:
+            kept = self.mean[:, self.age : self.age + horizon]
+            mean[:, : kept.shape[1]] = kept
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(self.device)):
+            state, goal = self.model.encode(torch.cat((obs.float(), goal_obs.float()))).float().chunk(2)
+            self.actions, self.mean = plan(self.model, self.cfg, state, goal, mean, self.generator)
+        self.age = 0
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+def wilson(successes: int, n: int, z: float = 1.96) -> list[float]:
+    """95 % interval of a proportion (Wilson 1927), in percent."""
+    if n == 0:
+        return [0.0, 100.0]
+    p, z2 = successes / n, z * z / n
+    middle, half = (p + z2 / 2) / (1 + z2), z / (1 + z2) * math.sqrt(p * (1 - p) / n + z2 / n / 4)
+    return [round(100 * max(0.0, middle - half), 2), round(100 * min(1.0, middle + half), 2)]
+
+
+@torch.no_grad()
+def evaluate_unroll(model: WorldModel, cfg: Config, device: torch.device, n: int = 256) -> dict:
+    """Open-loop prediction on n unseen trajectories: errors by horizon 1..T, beside the copy of the first frame."""
+    g = torch.Generator(device)
+    g.manual_seed(2**62 + cfg.task_seed)  # training seeds lie far below
+    data = trajectories(n, cfg.trajectory_steps, g, cfg.fixed_wall)
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
+        z = torch.stack([model.encode(render(p[:, None], data.layout)[:, 0]) for p in data.position.unbind(1)], 1)
+        y = [z[:, 0]]
+        for a in data.action.unbind(1):
+            y.append(model.predict(y[-1], a))
+        y = torch.stack(y, 1).float()  # [n, T + 1, D]
+        decoded, seen = model.read(y), model.read(z)  # [n, T + 1, 4]
+    z, truth = z.float(), data.position
+    by_step = lambda x: [round(v, 4) for v in x.mean(0).tolist()]
+    error = lambda p: (p - truth).norm(dim=2)
+    return dict(
+        position_error_px=by_step(error(decoded[..., :2])[:, 1:]),
+        copy_error_px=by_step(error(truth[:, :1])[:, 1:]),
+        latent_error=by_step((y - z).square().mean(2)[:, 1:]),
+        copy_latent_error=by_step((z[:, :1] - z).square().mean(2)[:, 1:]),
+        probe_error_px=round(error(seen[..., :2]).mean().item(), 4),
+        example=Trajectories(truth[:6].cpu(), data.action[:6].cpu(), Layout(*(x[:6].cpu() for x in data.layout))),
+        decoded=decoded[:6].cpu(),
+    )
+
+
+class Episodes(NamedTuple):
+    position: Tensor  # [E, T + 1, 2]
+    goal: Tensor  # [E, 2]
+    layout: Layout
+    plans: list  # per step, positions [shown, H, 2] of the plan as the probe reads it, or None
+    seconds: float  # spent in the policy
+
+    def near(self) -> Tensor:  # [E, T + 1], within reach of the goal
+        return (self.position - self.goal[:, None]).norm(dim=2) < SUCCESS_PX
+
+
+@torch.no_grad()
+def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown: int = 0) -> Episodes:
+    """All tasks side by side under `policy(obs, info, steps_left) -> actions`; an Agent also shows its plans."""
+    agent = policy if isinstance(policy, Agent) else None
+    env = TwoRooms(episodes, cfg.task_seed, cfg.fixed_wall, cfg.episode_steps, device)
+    obs, info = env.reset()
+    path, plans, seconds = [info["position"]], [], 0.0
+    for t in tqdm(range(cfg.episode_steps), desc="planning", leave=False, disable=agent is None or not sys.stderr.isatty()):
+        stop_if_asked()
+        left = cfg.episode_steps - t
+        synchronize(device)
+        begin = time.perf_counter()
+        action = agent.act(obs, info["goal_obs"], left) if agent else policy(obs, info, left)
+        synchronize(device)
+        seconds += time.perf_counter() - begin
+        if agent and shown:
+            z, plan_path = agent.model.encode(obs[:shown]), []
+            for a in agent.mean[:shown, agent.age - 1 :].unbind(1):
+                z = agent.model.predict(z, a)
+                plan_path.append(agent.model.read(z)[:, :2].cpu())
+            plans.append(torch.stack(plan_path, 1))
+        obs, _, _, _, info = env.step(action)
+        path.append(info["position"])
+    return Episodes(torch.stack(path, 1).cpu(), env.goal.cpu(), Layout(*(x.cpu() for x in env.layout)), plans, seconds)
+
+
+def straight_line(obs: Tensor, info: dict, steps_left: int) -> Tensor:
+    """Floor that knows the positions but not the wall: as far as 2.45 px a step towards the goal."""
+    return limit_norm(info["goal"] - info["position"], 2.45)
+
+
+def evaluate_planning(model: WorldModel, cfg: Config, device: torch.device) -> tuple[dict, dict[str, Episodes]]:
+    """Success of the agent and of two floors on cfg.episodes tasks, which depend on cfg.task_seed alone."""
+    E, g = cfg.episodes, torch.Generator(device)
+    g.manual_seed(cfg.task_seed)
+
+    def random_policy(obs, info, steps_left):
+        angle = 2 * math.pi * torch.rand(E, generator=g, device=device)
+        return 2.45 * torch.stack((angle.cos(), angle.sin()), 1)
+
+    runs = dict(
+        agent=run_episodes(cfg, E, Agent(model, cfg), device, shown=min(E, 6)),
+        random=run_episodes(cfg, E, random_policy, device),
+        straight=run_episodes(cfg, E, straight_line, device),
+    )
+    single = run_episodes(cfg, 1, Agent(model, cfg), device)
+    percent = lambda x: round(100 * x.float().mean().item(), 2)
+    near = runs["agent"].near()
+    return dict(
+        success_rate=percent(near[:, -1]),
+        success_rate_any=percent(near.any(1)),
+        success_interval=wilson(int(near[:, -1].sum()), E),
+        success_interval_any=wilson(int(near.any(1).sum()), E),
+        episodes=E,
+        random_success_rate=percent(runs["random"].near()[:, -1]),
+        straight_line_success_rate=percent(runs["straight"].near()[:, -1]),
+        failed_tasks=(~near[:, -1]).nonzero()[:, 0].tolist(),
+        episode_seconds=round(runs["agent"].seconds / E, 4),
+        episode_seconds_single=round(single.seconds, 4),
+    ), runs
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+BLUE, ORANGE, RED, GREY = (0, 114, 178), (230, 159, 0), (213, 94, 0), (120, 120, 120)  # Okabe-Ito, colour-blind safe
+
+
+def paint(position: Tensor, goal: Tensor | None, layout: Layout) -> Tensor:
+    """RGB pictures [N, 65, 65, 3] uint8 of positions [N, 2]: walls grey, dot blue, goal orange, on white."""
+    dot, walls = (render(position[:, None], layout)[:, 0].float() / 255).unbind(1)
+    picture = torch.full((*walls.shape, 3), 255.0, device=position.device)
+    layers = [(walls, GREY), (dot, BLUE)]
+    if goal is not None:
+        layers.insert(1, (render(goal[:, None], layout)[:, 0, 0].float() / 255, ORANGE))
+    for mask, colour in layers:
+        picture = picture + mask[..., None] * (torch.tensor(colour, device=position.device) - picture)
+    return picture.round().to(torch.uint8)
+
+
+def tile(pictures: Tensor, scale: int, columns: int):
+    """Pictures [N, 65, 65, 3] -> one PIL image, enlarged, in rows of `columns`."""
+    from PIL import Image
+
+    N, H, W, _ = pictures.shape
+    sheet = Image.new("RGB", (columns * W * scale, math.ceil(N / columns) * H * scale), "white")
+    for n, picture in enumerate(pictures):
+        big = Image.fromarray(picture.numpy()).resize((W * scale, H * scale), Image.NEAREST)
+        sheet.paste(big, (n % columns * W * scale, n // columns * H * scale))
+    return sheet
+
+
+def draw_episodes(path: Path, run: Episodes, scale: int = 4, columns: int = 3) -> None:
+    """GIF of the first tasks: dot (blue), goal (orange), the way so far (blue line), the plan (red points)."""
+    from PIL import ImageDraw
+
+    shown, frames = len(run.plans[0]), []
+    layout = Layout(*(x[:shown] for x in run.layout))
+    # end a little after the last of them is through
+    near = run.near()[:shown]
+    end = min(len(run.plans), max(20, max(n.int().argmax().item() if n.any() else len(n) for n in near) + 15))
+    for t in range(0, end, 1 if end <= 80 else 2):
+        sheet = tile(paint(run.position[:shown, t], run.goal[:shown], layout), scale, columns)
+        pen = ImageDraw.Draw(sheet)
+        for n in range(shown):
+            at = lambda p: tuple(((p + 0.5 + SIZE * torch.tensor([n % columns, n // columns])) * scale).tolist())
+            pen.line([at(p) for p in run.position[n, : t + 1]], fill=BLUE, width=2)
+            for p in run.plans[t][n]:
+                x, y = at(p)
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=RED)
+            x, y = at(run.goal[n])
+            r = SUCCESS_PX * scale
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=ORANGE, width=2)
+            pen.text(at(torch.tensor([1.0, 0.0])), f"task {n}  step {t}" + ("  at goal" if near[n, t] else ""), fill="black")
+        frames.append(sheet.quantize(64))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [1500], loop=0)
+
+
+def draw_unroll(path: Path, data: Trajectories, decoded: Tensor, scale: int = 3) -> None:
+    """GIF: above, true trajectories; below, what the probe reads from latents predicted open-loop from the first frame."""
+    from PIL import ImageDraw
+
+    frames = []
+    for t in range(decoded.shape[1]):
+        x, y, wall_x, door_y = decoded[:, t].unbind(1)
+        dream = paint(torch.stack((x, y), 1), None, Layout(wall_x.round(), door_y.round()))
+        sheet = tile(torch.cat((paint(data.position[:, t], None, data.layout), dream)), scale, len(dream))
+        pen = ImageDraw.Draw(sheet)
+        for n in range(len(dream)):
+            off = (decoded[n, t, :2] - data.position[n, t]).norm().item()
+            pen.text((n * SIZE * scale + 4, 0), f"truth, step {t}", fill="black")
+            pen.text((n * SIZE * scale + 4, SIZE * scale), f"predicted, {off:.1f} px off", fill="black")
+        frames.append(sheet.quantize(64))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=120, loop=0)
+
+
+def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
+    """Ways taken, successes above and failures below."""
+    from matplotlib.figure import Figure
+
+    good = run.near()[:, -1]
+    groups = [(good.nonzero()[:, 0][:most], "reached the goal", BLUE), ((~good).nonzero()[:, 0][:most], "failed", RED)]
+    rows = [max(1, math.ceil(len(tasks) / 8)) for tasks, _, _ in groups]
+    figure = Figure(figsize=(12, 1.75 * sum(rows) + 0.6), layout="constrained")
+    for part, (tasks, name, colour) in zip(figure.subfigures(2, 1, height_ratios=rows), groups):
+        count = int(good.sum()) if name != "failed" else int((~good).sum())
+        part.suptitle(f"{name}: {count} of {len(good)} tasks" + (f", {len(tasks)} shown" if count > len(tasks) else ""))
+        for axis, n in zip(part.subplots(max(1, math.ceil(len(tasks) / 8)), 8, squeeze=False).flat, [*tasks.tolist(), *[-1] * 16]):
+            axis.set_axis_off()
+            if n < 0:
+                continue
+            layout = Layout(*(x[n : n + 1] for x in run.layout))
+            axis.imshow(paint(run.position[n, :1], run.goal[n : n + 1], layout)[0])
+            axis.plot(*run.position[n].T, color=[c / 255 for c in colour], lw=1)
+            axis.plot(*run.position[n, -1], "x", color="black", ms=5)
+            axis.set_title(f"task {n}", fontsize=7, pad=1)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
+    """curves.png (training), unroll.png (error against horizon), success.png (success against step)."""
+    from matplotlib.figure import Figure
+
+    def save(name, panels):
+        figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+        for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for label, x, y, style in lines:
+                axis.plot(x, y, style, label=label, lw=1.5)
+            axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+        figure.savefig(run_dir / name, dpi=110)
+
+    log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    x = [r["step"] for r in log]
+    terms = [(t, x, [abs(r[t]) for r in log], "-") for t in TERMS if t != "distance"]
+    meter = [(k, x, [r[k] for r in log], "-") for k in ("std_min", "std_mean", "correlation")]
+    rank = [("effective rank", x, [r["effective_rank"] for r in log], "-")]
+    loss, step = ("optimiser step", "loss term", "log", terms), "optimiser step"
+    save("curves.png", [loss, (step, "feature std; |correlation|", "linear", meter), (step, "effective rank", "linear", rank)])
+    h = range(1, len(unroll["position_error_px"]) + 1)
+    names = [("predicted", "", "-"), ("copy of the first frame", "copy_", "--")]
+    px = [(label, h, unroll[key + "error_px" if key else "position_error_px"], s) for label, key, s in names]
+    latent = [(label, h, unroll[key + ("latent_error")], s) for label, key, s in names]
+    horizon = "steps predicted open-loop"
+    save("unroll.png", [(horizon, "position error (px)", "linear", px), (horizon, "latent error (mean square)", "linear", latent)])
+    if runs:
+        share = {k: 100 * run.near().float().mean(0) for k, run in runs.items()}
+        style = dict(agent="-", straight="--", random=":")
+        lines = [(k, range(len(v)), v.tolist(), style[k]) for k, v in share.items()]
+        save("success.png", [("environment step", "within 4.5 px of the goal (%)", "linear", lines)])
+
+
+# ------------------------------------------------------------------------------------------- checkpoint and logging
+FORMAT = "nanojepa/world_model/1"
+asked_to_stop: list[int] = []  # signals received
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; what had to be saved is saved."""
+
+
+def stop_if_asked() -> None:
+    if asked_to_stop:
+        raise Interrupted
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def use_bf16(device: torch.device) -> bool:
+    """bf16 autocast where the hardware has it: CUDA from sm_80, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def start_device(cfg: Config) -> tuple[torch.device, int, int]:
+    """Device, rank and world size; joins the process group when started by torchrun."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {kind}: PyTorch sees no such device here; use --device auto or cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    return device, rank, world
+
+
+def open_run_dir(cfg: Config) -> Path:
+    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume."""
+    base = Path("runs/world_model")
+    numbered = lambda n: base / f"{cfg.preset}-{n}"
+    if cfg.run_dir:
+        path = Path(cfg.run_dir)
+    else:
+        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    used = (path / "config.json").exists() or (path / "checkpoint.pt").exists()
+    if cfg.resume and not used:
+        raise UserError(f"--resume: there is no run in {path}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
+    if path.exists() and any(path.iterdir()) and not cfg.resume:
+        if not used:
+            raise UserError(f"--run-dir {path} holds other things than a run; choose another")
+        if not cfg.overwrite:
+            raise UserError(f"{path} holds a run: add --resume to go on, --overwrite to empty it, or choose --run-dir")
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, train_seconds: float) -> None:
+    """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
+    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
+    state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
+    torch.save(state, buffer)
+    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
+        spare = run_dir / "previous.pt.tmp"
+        spare.unlink(missing_ok=True)
+        os.link(path, spare)
+        os.replace(spare, run_dir / "previous.pt")
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, map_location="cpu") -> dict:
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    previous = path.with_name("previous.pt")
+    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}{offer}") from None
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format", "no format mark") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} is not a checkpoint of this script ({found}, wanted {FORMAT}){offer}")
+    return state
+
+
+def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
+    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    state = load_checkpoint(path, device)
+    saved = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+    for field in dataclasses.fields(Config):
+        was, now = getattr(saved, field.name), getattr(cfg, field.name)
+        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"], state["train_seconds"]
+
+
+def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
+    """The agent of a checkpoint (file or run folder): `load("runs/world_model/cpu-1", samples=256).act(obs, goal, left)`.
+
+    `planner`: any planner field of Config. Raises UserError for a bad checkpoint, TypeError for an unknown option.
+    """
+    path = Path(path)
+    state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    if unknown := set(planner) - MAY_CHANGE_ON_RESUME:
+        raise TypeError(f"not a planner option: {', '.join(sorted(unknown))}")
+    cfg = check(Config(**state["config"] | planner))
+    model = WorldModel(cfg).to(device)
+    model.load_state_dict(state["model"])
+    return Agent(model, cfg)
+
+
+def check(cfg: Config) -> Config:
+    """Raises UserError for values that cannot work."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(name)} must be a finite number, got {value}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"{flag(name)} must not be negative, got {value}")
+    positive = ("clip_frames clips_per_layout trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations elites "
+                "horizon init_std temperature replan_every episode_steps log_every checkpoint_every")  # fmt: skip
+    for name in positive.split():
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
+    rules = [
+        (cfg.batch_size >= 2, f"--batch-size {cfg.batch_size}: variance needs at least 2 clips"),
+        (min(cfg.channels) > 0, f"--channels must be greater than 0, got {cfg.channels}"),
+        (cfg.latent_dim > 1, "--latent-dim must be at least 2"),
+        (cfg.rollout < cfg.clip_frames, f"--rollout {cfg.rollout} does not fit in --clip-frames {cfg.clip_frames}: at most one less"),
+        (cfg.clip_frames <= cfg.trajectory_steps + 1, f"--clip-frames {cfg.clip_frames} is longer than the trajectory of {cfg.trajectory_steps} steps"),
+        (cfg.elites <= cfg.samples, f"--elites {cfg.elites} is more than --samples {cfg.samples}"),
+        (cfg.samples >= 2, f"--samples {cfg.samples}: planning needs at least 2"),
+        (cfg.smooth < 1, f"--smooth must be below 1, got {cfg.smooth}"),
+        (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
+        (cfg.batch_size % cfg.clips_per_layout == 0, f"--batch-size {cfg.batch_size} is no multiple of --clips-per-layout {cfg.clips_per_layout}"),
+        (cfg.cost != "distance" or "distance" not in cfg.ablate, "--ablate distance leaves nothing to plan with: add --cost latent"),
+    ]  # fmt: skip
+    for fine, message in rules:
+        if not fine:
+            raise UserError(message)
+    return cfg
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    facts = dict(config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    sound = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+    write_atomically(path, "".join(line + "\n" for line in sound).encode())
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """SIGINT and SIGTERM are noted, and obeyed at the next safe place."""
+    asked_to_stop.clear()
+    try:
+        old = {s: signal.signal(s, lambda number, _: asked_to_stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's business
+        old = {}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
+    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    begin = time.perf_counter()
+    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+        try:
+            function(model, cfg, batch, amp)[0].backward()
+            break
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    model.zero_grad(set_to_none=True)
+    return function, time.perf_counter() - begin
+
+
+def train(cfg: Config) -> dict:
+    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    check(cfg)
+    device, rank, world = start_device(cfg)
+    torch.manual_seed(cfg.seed)
+    model = WorldModel(cfg).to(device)
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    run_dir = open_run_dir(cfg) if rank == 0 else Path(cfg.run_dir)
+    start, train_seconds = 0, 0.0
+    if cfg.resume:
+        start, train_seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device)
+    main = rank == 0
+    if main:
+        write_config(run_dir, cfg, device)
+        trim_metrics(run_dir / "metrics.jsonl", start)
+    amp = use_bf16(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    say = tqdm.write if main else lambda line: None
+    say(f"{cfg.preset} | {describe(device)} | {'bf16 autocast' if amp else 'float32: no bf16 here'} | {parameters:,} parameters | {run_dir}")
+    clips = ClipStream(cfg, device, rank, world)
+    compute, warmup_seconds = compiled(cfg, model, clips(start), amp)
+    say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
+    end = min(cfg.steps, cfg.max_steps or cfg.steps)
+    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
+    bad_step = torch.full((), -1, dtype=torch.long, device=device)
+    terms = None
+    synchronize(device)
+    clock, logged = time.perf_counter(), start
+    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    with catch_signals():
+        for step in range(start, end + 1):
+            last = step == end
+            stop = bool(asked_to_stop)
+            if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
+                values = terms.tolist()  # waits for the device
+                train_seconds += (took := time.perf_counter() - clock)
+                if (at := bad_step.item()) >= 0:
+                    names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
+                    kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
+                    raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
+                if main and (last or step % cfg.log_every == 0):
+                    log_step(run_dir, cfg, step, values, latents, took / max(1, step - logged), end, say)
+                if main and (last or stop or step % cfg.checkpoint_every == 0):
+                    save_checkpoint(run_dir, cfg, model, optimizer, step, train_seconds)
+                logged = step
+                synchronize(device)
+                clock = time.perf_counter()
+            if last or stop:
+                break
+            total, terms, latents = compute(model, cfg, clips(step), amp)
+            total.backward()
+            terms = torch.cat((terms, total.detach()[None]))
+            bad = torch.where(bad_step < 0, terms, bad)
+            bad_step = torch.where((bad_step < 0) & ~terms.isfinite().all(), step, bad_step)
+            update(model, optimizer, cfg, learning_rate(cfg, step))
+            bar.update()
+        bar.close()
+        if stop and not last:
+            raise Interrupted(f"stopped at step {step}; checkpoint saved; go on with --resume --run-dir {run_dir}")
+        summary = dict(
+            preset=cfg.preset, seed=cfg.seed, steps=end, train_seconds=round(train_seconds, 1),
+            warmup_seconds=round(warmup_seconds, 1), parameters=parameters,
+            clips_per_second=round(end * cfg.batch_size / max(train_seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+        )  # fmt: skip
+        if main:
+            summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
+            write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def log_step(run_dir: Path, cfg: Config, step: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
+    """One line for people, one object in metrics.jsonl, and a warning when the latents collapse."""
+    meter, terms = collapse_meter(latents), dict(zip((*TERMS, "loss"), values))
+    rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1)
+    parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss")
+    say(
+        f"step {step:05d}/{cfg.steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
+        f" | rank {meter['effective_rank']:.0f}/{cfg.latent_dim} | eta {(end - step) * seconds / 60:.1f}m"
+    )
+    if meter["std_min"] < 0.05 or meter["effective_rank"] < 0.03 * cfg.latent_dim:
+        say(f"  collapsing: smallest std {meter['std_min']:.3f}, rank {meter['effective_rank']:.1f}: raise --variance-weight")
+    elif meter["correlation"] > 0.5:
+        say(f"  collapsing: mean |correlation| {meter['correlation']:.2f}: raise --covariance-weight")
+    record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, clips_per_second=rate, **terms, **meter)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path, batch: Trajectories) -> dict:
+    """Unrolling, planning, figures, summary.json. -> what it adds to the summary."""
+    begin = time.perf_counter()
+    unroll = evaluate_unroll(model, cfg, device)
+    stop_if_asked()
+    example, decoded = unroll.pop("example"), unroll.pop("decoded")
+    with torch.no_grad():
+        result = collapse_meter(model.encode(render(batch.position, batch.layout).flatten(0, 1))) | unroll
+    planning, runs = evaluate_planning(model, cfg, device) if cfg.episodes else ({}, {})
+    result |= planning | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
+    draw_curves(run_dir, unroll, runs)
+    draw_unroll(run_dir / "unroll.gif", example, decoded)
+    if runs:
+        draw_map(run_dir / "map.png", runs["agent"])
+        draw_episodes(run_dir / "episodes.gif", runs["agent"])
+    return result
+
+
+def report(summary: dict) -> str:
+    """The final table, beside the published figures (arXiv 2602.03604, random wall, MPPI)."""
+    s, rows = summary, [("", "here", "published")]
+    if s.get("episodes"):
+        low, high = s["success_interval"]
+        rows += [
+            (f"success, last step (%, {s['episodes']} tasks)", f"{s['success_rate']} [{low}, {high}]", "97 +- 2 (20 tasks)"),
+            ("success, any step (%)", f"{s['success_rate_any']}", ""),
+            ("random actions; straight line (%)", f"{s['random_success_rate']}; {s['straight_line_success_rate']}", ""),
+            ("seconds per episode: batched; alone", f"{s['episode_seconds']}; {s['episode_seconds_single']}", "37 (GPU)"),
+        ]
+    error = s["position_error_px"]
+    ahead = [h for h in (1, 8, 16, 32, 60, 90) if h <= len(error)]
+    rows += [
+        (f"position error after {', '.join(map(str, ahead))} steps (px)", ", ".join(f"{error[h - 1]:.1f}" for h in ahead), ""),
+        ("effective rank", f"{s['effective_rank']:.1f}", ""),
+        ("training (s); clips/s", f"{s['train_seconds']}; {s['clips_per_second']}", ""),
+    ]
+    return "\n".join(f"{a:<52}{b:<28}{c}" for a, b, c in rows)
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
+    first.add_argument("--planner")
+    known, _ = first.parse_known_args(argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Config, args=argv, default=preset(known.preset, known.planner))
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        until = next((n for n, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        raise UserError(" ".join(lines[:until]) + " (see --help)") from None
+
+
+def main() -> None:
+    code, message = 0, ""
+    try:
+        summary = train(parse(sys.argv[1:]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(report(summary) + "\n" + json.dumps(summary))
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except OSError as error:
+        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+    except Interrupted as error:
+        code, message = 128 + asked_to_stop[0], str(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
