@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -72,7 +73,6 @@ class Config:
     fixed_wall: bool = False  # wall at x 32, door at y 18 in every episode; off: both random
     clip_frames: int = 17  # consecutive frames of a training clip
     trajectory_steps: int = 90  # steps of the trajectory that a clip is cut from
-    clips_per_layout: int = 4  # clips of a batch that share their rooms
     # model
     latent_dim: int = 512  # features of a latent
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages of the encoder
@@ -120,7 +120,7 @@ class Config:
 PRESETS: dict[str, dict] = {
     "gpu": {},
     "paper": dict(
-        clips_per_layout=1, predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
+        predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
         # the reference multiplies costs by 0.005 where a temperature would divide them
         temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
     ),
@@ -161,6 +161,11 @@ SIZE, LOW, HIGH = 65, 4.0, 60.0  # image side; the dot lives strictly between th
 WALL_HALF, DOOR_HALF = 1.5, 4.0  # the wall is 3 px wide; the door reaches 4 px to either side of its centre
 DOT_STD, KEEP_OFF, SUCCESS_PX = 1.3, 0.3, 4.5
 MEAN, STD = (0.0026, 0.0989), (0.0369, 0.2986)  # per channel, of observations in [0, 1]
+
+
+def seeded(generator: torch.Generator, *key) -> torch.Generator:
+    """The generator, seeded by a key such as ("clips", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
 class Layout(NamedTuple):
@@ -318,9 +323,9 @@ class ClipStream:
         cfg, g = self.cfg, self.generator
         block, index = divmod(step, self.BLOCK)
         if block != self.block:
-            g.manual_seed((cfg.seed << 32) + block)
+            seeded(g, "clips", cfg.seed, block)
             n, T = self.BLOCK * cfg.batch_size, cfg.trajectory_steps
-            self.block, self.data = block, trajectories(n, T, g, cfg.fixed_wall, cfg.clips_per_layout)
+            self.block, self.data = block, trajectories(n, T, g, cfg.fixed_wall)
             begin = torch.randint(0, T - cfg.clip_frames + 2, (n, 1, 1), generator=g, device=g.device)
             self.frames = (begin + torch.arange(cfg.clip_frames, device=g.device)[:, None]).expand(-1, -1, 2)
         share = cfg.batch_size // self.world
@@ -439,7 +444,7 @@ class WorldModel(nn.Module):
         self.predictor = mlp(D + 2, W, W, D) if self.residual else nn.GRUCell(2, D)
         self.inverse_dynamics = mlp(2 * D, 256, 256, 2)
         self.probe = mlp(D, 512, 4)  # x, y, wall x, door y: (px - 32) / 16
-        self.distance = mlp(D, 256, 256, 64)  # psi: eight groups of eight
+        self.psi = mlp(D, 256, 256, 64)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations [N, 2, 65, 65], uint8 or float in 0..255 -> latents [N, D]."""
@@ -457,9 +462,8 @@ class WorldModel(nn.Module):
 
 
 def metric(a: Tensor, b: Tensor) -> Tensor:
-    """Distance in px between embeddings psi [..., 64] -> [...]: a sum of Euclidean distances, hence a metric, and rich
-    enough for two rooms that meet in a point (no single Euclidean distance is: the rooms' detours add up)."""
-    return ((a - b).float().unflatten(-1, (8, 8)).square().sum(-1) + 1e-6).sqrt().sum(-1)
+    """Euclidean distance between embeddings [..., 64] -> [...]; with a gradient at zero."""
+    return ((a - b).float().square().sum(-1) + 1e-6).sqrt()
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
@@ -473,15 +477,14 @@ def gather(z: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def distance_loss(psi: Tensor, action: Tensor, per_layout: int) -> Tensor:
-    """psi [B, T, 64] of clips' frames, `per_layout` neighbours from the same rooms, actions [B, T - 1, 2] -> scalar.
+def step_metric_loss(psi: Tensor, action: Tensor) -> Tensor:
+    """psi [B, T, 64] of clips' frames, actions [B, T - 1, 2] -> scalar.
 
-    Pushes apart the frames that share their rooms, while no step may be longer than its action. The weight 30 on the
-    latter keeps steps within about a tenth of a pixel of it."""
+    The largest metric |psi - psi'| in which no step is longer than its action: frames of a clip are pushed apart, steps
+    pulled together. The weight 300 on excess lets steps grow by a few percent."""
     excess = F.relu(metric(psi[:, 1:], psi[:, :-1]) - action.norm(dim=2))
-    some = psi[:, ::8].reshape(len(psi) // per_layout, -1, psi.shape[2])  # [layouts, P, 64]
-    i, j = torch.triu_indices(some.shape[1], some.shape[1], 1, device=psi.device)
-    return 30 * excess.square().mean() - metric(some[:, i], some[:, j]).mean()
+    i, j = torch.triu_indices(psi.shape[1], psi.shape[1], 1, device=psi.device)
+    return 300 * excess.square().mean() - metric(psi[:, i], psi[:, j]).mean()
 
 
 def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -499,14 +502,14 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
             target = z[:, k + 1 : k + 1 + starts].flatten(0, 1)
             prediction = prediction + (y.float() - target.float()).square().mean() / K
         action = model.inverse_dynamics(torch.cat((z[:, :-1], z[:, 1:]), 2))
-        psi = model.distance(z.detach())
+        psi = model.psi(z.detach())
         read = model.probe(z.detach()).float()
     inverse = (action.float() - batch.action).square().mean()
     similarity = (z[:, 1:].float() - z[:, :-1].float()).square().mean()
     variance, covariance = variance_covariance_loss(gather(z.float().flatten(0, 1)))
     truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
     probe = (read - (truth - 32) / 16).square().mean()
-    distance = distance_loss(psi, batch.action, cfg.clips_per_layout) if not off["distance"] else torch.zeros_like(probe)
+    distance = step_metric_loss(psi, batch.action) if not off["distance"] else torch.zeros_like(probe)
     world = dist.get_world_size() if dist.is_initialized() else 1
     local = (
         prediction
@@ -575,7 +578,7 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
         gru, norm = model.predictor, model.encoder.norm
         weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias)
         return gru_rollout_cost(state, actions, goal, *weights, objective=cfg.objective)
-    features = model.distance if cfg.cost == "distance" else lambda z: z
+    features = model.psi if cfg.cost == "distance" else lambda z: z
     z, goal = state.repeat_interleave(S, 0), features(goal)[:, None]  # [E S, D], [E, 1, .]
     actions = actions.permute(2, 0, 1, 3).flatten(1, 2)  # [H, E S, 2]
     cost = torch.zeros(E, S, device=z.device)
@@ -679,8 +682,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> list[float]:
 @torch.no_grad()
 def evaluate_unroll(model: WorldModel, cfg: Config, device: torch.device, n: int = 256) -> dict:
     """Open-loop prediction on n unseen trajectories: errors by horizon 1..T, beside the copy of the first frame."""
-    g = torch.Generator(device)
-    g.manual_seed(2**62 + cfg.task_seed)  # training seeds lie far below
+    g = seeded(torch.Generator(device), "unroll", cfg.task_seed)
     data = trajectories(n, cfg.trajectory_steps, g, cfg.fixed_wall)
     with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
         z = torch.stack([model.encode(render(p[:, None], data.layout)[:, 0]) for p in data.position.unbind(1)], 1)
@@ -747,8 +749,7 @@ def straight_line(obs: Tensor, info: dict, steps_left: int) -> Tensor:
 
 def evaluate_planning(model: WorldModel, cfg: Config, device: torch.device) -> tuple[dict, dict[str, Episodes]]:
     """Success of the agent and of two floors on cfg.episodes tasks, which depend on cfg.task_seed alone."""
-    E, g = cfg.episodes, torch.Generator(device)
-    g.manual_seed(cfg.task_seed)
+    E, g = cfg.episodes, seeded(torch.Generator(device), "random actions", cfg.task_seed)
 
     def random_policy(obs, info, steps_left):
         angle = 2 * math.pi * torch.rand(E, generator=g, device=device)
@@ -1054,7 +1055,7 @@ def check(cfg: Config) -> Config:
             raise UserError(f"{flag(name)} must be a finite number, got {value}")
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{flag(name)} must not be negative, got {value}")
-    positive = ("clip_frames clips_per_layout trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations elites "
+    positive = ("clip_frames trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations elites "
                 "horizon init_std temperature replan_every episode_steps log_every checkpoint_every")  # fmt: skip
     for name in positive.split():
         if not getattr(cfg, name) > 0:
@@ -1069,7 +1070,6 @@ def check(cfg: Config) -> Config:
         (cfg.samples >= 2, f"--samples {cfg.samples}: planning needs at least 2"),
         (cfg.smooth < 1, f"--smooth must be below 1, got {cfg.smooth}"),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
-        (cfg.batch_size % cfg.clips_per_layout == 0, f"--batch-size {cfg.batch_size} is no multiple of --clips-per-layout {cfg.clips_per_layout}"),
         (cfg.cost != "distance" or "distance" not in cfg.ablate, "--ablate distance leaves nothing to plan with: add --cost latent"),
     ]  # fmt: skip
     for fine, message in rules:

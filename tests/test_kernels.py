@@ -1,0 +1,80 @@
+"""The shared losses and rollouts against their definitions in float64."""
+import pytest
+import torch
+
+from kernels import gru_rollout_cost, variance_covariance_loss
+
+
+def definition(z, margin=1.0, eps=1e-4):
+    """Feature by feature, from the formulas of the paper."""
+    N, D = z.shape
+    variance = torch.stack([torch.clamp(margin - torch.sqrt(z[:, d].var() + eps), min=0) for d in range(D)]).mean()
+    C = torch.cov(z.T)
+    return variance, sum(C[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / (D * (D - 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (5, 13), (13, 5), (7, 7), (31, 16)])
+def test_variance_covariance_equals_its_definition(shape):
+    z = (torch.randn(shape, dtype=torch.float64) * torch.linspace(0.1, 2, shape[1]) + 3).requires_grad_()
+    ours, wanted = variance_covariance_loss(z), definition(z)
+    torch.testing.assert_close(ours, wanted)
+    for weights in ((1.0, 0.0), (0.0, 1.0), (-0.3, 2.5)):  # the gradient of each, and of a mixture
+        grads = [torch.autograd.grad(weights[0] * v + weights[1] * c, z, retain_graph=True)[0] for v, c in (ours, wanted)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_variance_covariance_accumulates_in_float32(dtype, tolerance):
+    z = torch.randn(300, 40).add(5).to(dtype)  # the offset costs digits unless the mean is taken out first, in float32
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = variance_covariance_loss(z)
+    assert ours[0].dtype == ours[1].dtype == torch.float32
+    for a, b in zip(ours, variance_covariance_loss(z.double())):
+        assert abs(a.item() - b.item()) <= tolerance * max(1.0, abs(b.item()))
+
+
+def test_variance_covariance_undefined_input():
+    z = torch.randn(8, 4)
+    z[3, 2] = torch.nan
+    assert all(loss.isnan() for loss in variance_covariance_loss(z))
+    for shape in ((1, 4), (4, 1), (0, 4), (4,), (2, 3, 4)):
+        with pytest.raises(ValueError, match="N >= 2"):
+            variance_covariance_loss(torch.randn(shape))
+
+
+def rollout_arguments(E, S, H, D, dtype):
+    torch.manual_seed(E + S + H + D)
+    cell, norm = torch.nn.GRUCell(2, D, dtype=dtype), torch.nn.LayerNorm(D, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    state, goal = torch.randn(2, E, D, dtype=dtype)
+    actions = torch.randn(E, H, S, 2, dtype=dtype).transpose(1, 2)  # not contiguous
+    weights = [w.detach() for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh, norm.weight, norm.bias)]
+    return cell, norm, state, actions, goal, weights
+
+
+@pytest.mark.parametrize("E,S,H,D", [(1, 1, 1, 3), (3, 5, 7, 16), (2, 17, 4, 33)])
+@pytest.mark.parametrize("objective", ["sum", "last"])
+@torch.no_grad()
+def test_rollout_equals_the_modules(E, S, H, D, objective):
+    cell, norm, state, actions, goal, weights = rollout_arguments(E, S, H, D, torch.float64)
+    wanted = torch.zeros(E, S, dtype=torch.float64)
+    for e in range(E):
+        for s in range(S):
+            h = state[e : e + 1]
+            for t in range(H):
+                h = norm(cell(actions[e, s, t : t + 1], h))
+                if objective == "sum" or t == H - 1:
+                    wanted[e, s] += (h - goal[e]).square().mean()
+    torch.testing.assert_close(gru_rollout_cost(state, actions, goal, *weights, objective=objective), wanted)
+
+
+@torch.no_grad()
+def test_rollout_leaves_its_arguments_alone_and_checks_the_objective():
+    _, _, state, actions, goal, weights = rollout_arguments(2, 3, 4, 8, torch.float32)
+    before = [x.clone() for x in (state, actions, goal, *weights)]
+    assert gru_rollout_cost(state, actions, goal, *weights).dtype == torch.float32
+    for a, b in zip(before, (state, actions, goal, *weights)):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="objective"):
+        gru_rollout_cost(state, actions, goal, *weights, objective="mean")

@@ -1,0 +1,422 @@
+"""Two Rooms' physics and pictures, the losses, the planners, the metrics, and that the whole learns."""
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import world_model as wm
+from world_model import Agent, ClipStream, Layout, TwoRooms, WorldModel, losses, move, obstacles, plan, preset, render, trajectories
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def layout(x, y):
+    return Layout(torch.tensor([float(x)]), torch.tensor([float(y)]))
+
+
+def one_move(position, action, rooms=layout(32, 18), noise=None):
+    noise = None if noise is None else torch.tensor([noise])
+    return move(torch.tensor([position]), torch.tensor([action]), obstacles(rooms), noise)[0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- physics
+def solid(x, y, rooms):
+    """In the wall or outside the room, by the description of the task."""
+    outside = (x <= 4) | (x >= 60) | (y <= 4) | (y >= 60)
+    return outside | (((x - rooms.wall_x).abs() < 1.5) & ((y - rooms.door_y).abs() > 4))
+
+
+@pytest.mark.parametrize("rule", ["stays", "contact"])
+def test_no_dot_ever_passes_the_wall(rule):
+    n, g = 100_000, generator(1)
+    rooms = wm.random_layout(n, g)
+    p = 4.3 + 55.4 * torch.rand(20 * n, 2, generator=g)
+    rooms20 = Layout(*(x.repeat(20) for x in rooms))
+    free = ~solid(*p.T, rooms20)
+    p, rooms = p[free][:n], Layout(*(x[free][:n] for x in rooms20))
+    assert len(p) == n
+    a = 8 * torch.randn(n, 2, generator=g)  # up to whole rooms at once
+    q = move(p, a, obstacles(rooms), None if rule == "stays" else torch.randn(n, generator=g))
+    assert not solid(*q.T, rooms).any()
+    steps = torch.linspace(0, 1, 400)[:, None]
+    way = [p[:, i] + steps * a[:, i] for i in (0, 1)]  # [400, n]
+    hit = solid(*way, rooms).any(0)
+    stopped = ((q - p - a).abs() > 1e-3).any(1)
+    # a corner may be cut between two of the 400 samples, and a move may end within rounding of an obstacle
+    assert (hit & ~stopped).sum() == 0 and (stopped & ~hit).float().mean() < 0.003
+    assert 0.3 < hit.float().mean() < 0.7
+    crossed = (p[:, 0] < rooms.wall_x) != (q[:, 0] < rooms.wall_x)
+    s = ((rooms.wall_x - p[:, 0]) / a[:, 0])[crossed, None]
+    at = (p[crossed] + s * a[crossed])[:, 1]
+    assert crossed.sum() > 500 and ((at - rooms.door_y[crossed]).abs() <= 4).all()
+    if rule == "stays":
+        assert torch.equal(q[stopped], p[stopped])
+
+
+@pytest.mark.parametrize(
+    "position,action,contact,normal",
+    [
+        ((10.0, 30.0), (-20.0, 5.0), (4.0, 31.5), (1, 0)),  # left border
+        ((50.0, 30.0), (20.0, 0.0), (60.0, 30.0), (-1, 0)),  # right border
+        ((10.0, 8.0), (2.0, -8.0), (11.0, 4.0), (0, 1)),  # upper border
+        ((10.0, 58.0), (0.0, 8.0), (10.0, 60.0), (0, -1)),  # lower border
+        ((20.0, 40.0), (21.0, 10.5), (30.5, 45.25), (-1, 0)),  # the wall from the left
+        ((40.0, 40.0), (-13.0, 0.0), (33.5, 40.0), (1, 0)),  # and from the right
+        ((32.0, 18.0), (0.5, -8.0), (32.25, 14.0), (0, 1)),  # upper edge of the door, from inside
+        ((32.0, 18.0), (0.5, 8.0), (32.25, 22.0), (0, -1)),  # lower edge
+    ],
+)
+def test_contact_points_and_inward_noise(position, action, contact, normal):
+    assert one_move(position, action) == pytest.approx(position)  # training data: stays
+    for noise, push in ((0.0, 0.3), (0.4, 0.3), (-0.4, 0.3), (1.0, 0.5), (-2.0, 1.0)):
+        wanted = [c + push * n for c, n in zip(contact, normal)]
+        assert one_move(position, action, noise=noise) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_free_moves_are_exact_and_the_door_is_open():
+    assert one_move((20.0, 18.0), (20.0, 1.0)) == [40.0, 19.0]
+    assert one_move((20.0, 18.0), (20.0, 1.0), noise=3.0) == [40.0, 19.0]
+    assert one_move((20.0, 14.5), (20.0, -1.0)) == [20.0, 14.5]  # meets the door's edge on the way
+    assert one_move((10.0, 10.0), (0.0, 0.0), noise=1.0) == [10.0, 10.0]
+
+
+# --------------------------------------------------------------------------------------------------- pictures, data
+@pytest.mark.parametrize("x,y,wall_x,door_y", [(10.0, 20.0, 32, 18), (4.3, 59.7, 20, 54), (59.69, 4.31, 44, 10), (32.27, 17.61, 32, 18)])
+def test_rendering_is_exact(x, y, wall_x, door_y):
+    dot, walls = render(torch.tensor([[[x, y]]]), layout(wall_x, door_y))[0, 0].tolist()
+    for row in range(65):
+        for column in range(65):
+            value = 255 * math.exp(-((column - x) ** 2 + (row - y) ** 2) / (2 * 1.3**2))
+            assert abs(dot[row][column] - value) <= 0.5001
+            border = row in (4, 60) or column in (4, 60)
+            wall = wall_x - 1 <= column <= wall_x + 1 and not door_y - 4 <= row <= door_y + 4
+            assert walls[row][column] == 255 * (border or wall)
+
+
+def test_pictures_have_the_published_statistics():
+    data = trajectories(600, 1, generator())
+    frames = render(data.position, data.layout).float() / 255
+    mean, std = frames.mean((0, 1, 3, 4)), frames.std((0, 1, 3, 4))
+    torch.testing.assert_close(mean, torch.tensor([0.0026, 0.0989]), atol=1.5e-4, rtol=0)
+    torch.testing.assert_close(std, torch.tensor([0.0369, 0.2986]), atol=2e-3, rtol=0)
+
+
+def test_trajectories_follow_their_law():
+    data = trajectories(2000, 90, generator(3), per_layout=4)
+    p, a, rooms = data
+    boxes = [b.repeat_interleave(90, 0) for b in obstacles(rooms)]
+    again = move(p[:, :-1].flatten(0, 1), a.flatten(0, 1), boxes).view(2000, 90, 2)
+    torch.testing.assert_close(again, p[:, 1:], atol=1e-4, rtol=0)  # reversed walks obey the physics too
+    length, angle = a.norm(dim=2), torch.atan2(a[..., 1], a[..., 0])
+    assert 0.2 - 1e-5 <= length.min() and length.max() <= 1.8 + 1e-5
+    assert length.mean().item() == pytest.approx(1.0, abs=0.005)
+    assert length.std().item() == pytest.approx(0.352, abs=0.005)  # 0.4 * sqrt(1 - 4 phi(2) / (2 Phi(2) - 1))
+    turns = (angle[:, 1:] - angle[:, :-1])[:, 45:]
+    quiet = ((p[:, 1:-1] != p[:, :-2]).any(2) & (p[:, 2:] != p[:, 1:-1]).any(2))[:, 45:]
+    assert turns[quiet].cos().mean().item() == pytest.approx(0.8934, abs=0.004)  # I1(5) / I0(5)
+    right = p[..., 0] > rooms.wall_x[:, None]
+    crossing = (right.any(1) & ~right.all(1)).float().mean().item()
+    assert 0.33 < crossing < 0.45  # 35 % by construction, a few more by chance
+    for side in rooms:
+        assert (side.view(-1, 4) == side.view(-1, 4)[:, :1]).all()
+    assert rooms.wall_x.min() >= 20 and rooms.wall_x.max() <= 44 and rooms.door_y.min() >= 10 and rooms.door_y.max() <= 54
+
+
+def test_fixed_wall():
+    data = trajectories(10, 2, generator(), fixed_wall=True)
+    assert (data.layout.wall_x == 32).all() and (data.layout.door_y == 18).all()
+
+
+def test_clips_are_a_function_of_seed_and_step_and_shards_are_their_parts():
+    cfg = preset("smoke", batch_size=8)
+    stream = ClipStream(cfg, CPU)
+    first, later = stream(3), stream(40)
+    again = stream(3)
+    for a, b, c in zip(first[:2], again[:2], later[:2]):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(first.position, ClipStream(dataclasses.replace(cfg, seed=1), CPU)(3).position)
+    halves = [ClipStream(cfg, CPU, rank, 2)(3) for rank in (0, 1)]
+    assert torch.equal(first.position, torch.cat([h.position for h in halves]))
+    # clips are consecutive: every free step moves by its action
+    moved = first.position[:, 1:] - first.position[:, :-1]
+    free = (moved != 0).any(2)
+    torch.testing.assert_close(moved[free], first.action[free], atol=1e-5, rtol=0)
+
+
+def test_tasks_and_the_environment():
+    env = TwoRooms(500, seed=7, max_steps=3)
+    obs, info = env.reset()
+    assert obs.dtype == torch.uint8 and obs.shape == (500, 2, 65, 65)
+    p, g, x = info["position"], info["goal"], info["wall_x"]
+    assert ((p[:, 0] < x) != (g[:, 0] < x)).all()
+    assert 0.4 < (p[:, 0] < x).float().mean() < 0.6
+    for q in (p, g):
+        assert q.min() >= 6.6 and q.max() <= 57.4 and ((q[:, 0] - x).abs() >= 1.5 + 2.6 - 1e-4).all()
+    assert torch.equal(info["goal_obs"], render(g[:, None], env.layout)[:, 0])
+    for t in range(3):
+        obs, reward, terminated, truncated, info = env.step(torch.zeros(500, 2))
+        assert not terminated.any() and bool(truncated.all()) == (t == 2) and torch.equal(info["position"], p)
+    env.position = g + torch.tensor([4.4, 0.0])
+    assert env.observe()[1]["success"].all()
+    env.position = g + torch.tensor([4.6, 0.0])
+    assert not env.observe()[1]["success"].any()
+    assert torch.equal(TwoRooms(500, seed=7).reset()[1]["goal"], g)
+    assert env.render().shape == (500, 65, 65, 3)
+    for bad in (torch.zeros(499, 2), torch.full((500, 2), torch.nan)):
+        with pytest.raises(ValueError, match="actions"):
+            env.step(bad)
+
+
+# --------------------------------------------------------------------------------------------------- model and loss
+def test_published_sizes():
+    model = WorldModel(preset("paper"))
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert (count(model.encoder), count(model.predictor)) == (1_426_096, 792_576)
+
+
+@pytest.mark.parametrize("encoder", ["impala", "strided"])
+@pytest.mark.parametrize("half", [False, True])
+def test_encoder_takes_bytes_and_floats_alike(encoder, half):
+    model = WorldModel(preset("smoke", encoder=encoder, half_resolution=half))
+    obs, _ = TwoRooms(3).reset()
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(obs), model.encode(obs.double()), atol=1e-5, rtol=1e-4)
+
+
+def test_half_resolution_is_average_pooling():
+    seen = []
+    model = WorldModel(preset("smoke"))
+    model.encoder.cnn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    obs, _ = TwoRooms(3).reset()
+    model.encode(obs)
+    mean, std = (torch.tensor(v).view(2, 1, 1) for v in (wm.MEAN, wm.STD))
+    torch.testing.assert_close(seen[0], (torch.nn.functional.avg_pool2d(obs / 255, 2) - mean) / std)
+
+
+@pytest.mark.parametrize("predictor", ["gru", "residual"])
+def test_loss_terms_by_hand(predictor):
+    cfg = preset("smoke", predictor=predictor, rollout=5, batch_size=4)
+    torch.manual_seed(0)
+    model, batch = WorldModel(cfg), ClipStream(cfg, CPU)(0)
+    total, terms, _ = losses(model, cfg, batch)
+    terms = dict(zip(wm.TERMS, terms.tolist()))
+    B, T = 4, 17
+    z = [[model.encode(render(batch.position[b : b + 1, t : t + 1], Layout(*(x[b : b + 1] for x in batch.layout)))[0]) for t in range(T)] for b in range(B)]
+    error = []
+    for b in range(B):
+        for t in range(T - 5):
+            y = z[b][t]
+            for k in range(5):
+                y = model.predict(y, batch.action[b, t + k][None])
+                error.append((y - z[b][t + k + 1]).square().mean())
+    pairs = [(b, t) for b in range(B) for t in range(T - 1)]
+    similarity = [(z[b][t] - z[b][t + 1]).square().mean() for b, t in pairs]
+    inverse = [(model.inverse_dynamics(torch.cat((z[b][t], z[b][t + 1]), 1)) - batch.action[b, t]).square().mean() for b, t in pairs]
+    for name, values in (("prediction", error), ("similarity", similarity), ("inverse_dynamics", inverse)):
+        assert terms[name] == pytest.approx(torch.stack(values).mean().item(), rel=1e-4), name
+    v, c = wm.variance_covariance_loss(torch.cat([z[b][t] for b in range(B) for t in range(T)]))
+    wanted = terms["prediction"] + 16 * v + 8 * c + 12 * terms["similarity"] + terms["inverse_dynamics"] + terms["probe"] + 0.1 * terms["distance"]
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_probe_and_distance_leave_the_encoder_alone():
+    cfg = preset("smoke", batch_size=4, ablate=("variance", "covariance", "similarity", "inverse-dynamics"))
+    model, batch = WorldModel(cfg), ClipStream(cfg, CPU)(0)
+    total, terms, _ = losses(model, cfg, batch)
+    prediction = dict(zip(wm.TERMS, terms))["prediction"]
+    grads = torch.autograd.grad(total, list(model.encoder.parameters()), retain_graph=True)
+    for head in (model.probe, model.psi):
+        for p in head.parameters():
+            p.data.mul_(3)
+    total2, terms2, _ = losses(model, cfg, batch)
+    assert dict(zip(wm.TERMS, terms2))["prediction"] == prediction and total2 != total
+    for a, b in zip(grads, torch.autograd.grad(total2, list(model.encoder.parameters()))):
+        torch.testing.assert_close(a, b)
+
+
+def test_metric_is_a_metric():
+    a, b, c = torch.randn(3, 100, 64)
+    d = wm.metric
+    assert (d(a, c) <= d(a, b) + d(b, c) + 1e-4).all() and torch.equal(d(a, b), d(b, a)) and (d(a, a) < 0.01).all()
+    flat = torch.zeros(64)
+    flat[0], flat[8] = 3.0, 4.0  # two groups: 3 + 4, not 5
+    assert d(flat, torch.zeros(64)).item() == pytest.approx(7.0, abs=0.01)
+
+
+def test_learning_rate():
+    cfg = preset("smoke", steps=100, lr=1.0)
+    assert [wm.learning_rate(cfg, s) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
+
+
+def test_loss_compiles_to_one_graph_that_is_never_recompiled():
+    from torch._dynamo.testing import CompileCounter
+
+    cfg = preset("smoke", batch_size=8)
+    model, clips, counter = WorldModel(cfg), ClipStream(cfg, CPU), CompileCounter()
+    torch._dynamo.reset()
+    function = torch.compile(losses, backend=counter, fullgraph=True, dynamic=False)
+    for step in (0, 1, 17, 33):
+        function(model, cfg, clips(step), False)[0].backward()
+    assert counter.frame_count == 1
+
+
+# --------------------------------------------------------------------------------------------------------- planning
+TARGET = torch.tensor([[[0.5, -0.3], [1.0, 0.2], [-0.7, 0.4]], [[-1.2, 0.1], [0.0, 0.9], [0.3, -0.5]]])  # [E = 2, H = 3, 2]
+
+
+def toy_cost(model, cfg, state, actions, goal):
+    return (actions - TARGET[:, None]).square().sum((2, 3))
+
+
+@pytest.mark.parametrize("planner,temperature", [("mppi", 0.02), ("mppi", 200.0), ("cem", 1.0)])
+@pytest.mark.parametrize("smooth", [0.0, 0.6])
+def test_planners_find_the_known_optimum(planner, temperature, smooth):
+    cfg = preset("cpu", planner=planner, temperature=temperature, smooth=smooth, samples=256, elites=24, iterations=12, action_limit=0.0)
+    action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), toy_cost)
+    torch.testing.assert_close(mean, TARGET, atol=0.1, rtol=0)
+    assert torch.equal(action, mean)
+
+
+def test_planner_stays_within_the_action_limit():
+    cfg = preset("cpu", samples=256, iterations=12, action_limit=0.6, temperature=0.02)
+    _, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), toy_cost)
+    assert mean.norm(dim=2).max() <= 0.6 + 1e-5
+    torch.testing.assert_close(mean, wm.limit_norm(TARGET, 0.6), atol=0.1, rtol=0)
+
+
+def test_warm_start_keeps_a_perfect_plan_and_elites_are_candidates():
+    cfg = preset("cpu", samples=32, elites=4, iterations=1, temperature=1e-6, action_limit=0.0)
+    _, mean = plan(None, cfg, None, None, TARGET.clone(), generator(), toy_cost)
+    torch.testing.assert_close(mean, TARGET)
+    seen = []
+
+    def spy(*arguments):
+        seen.append(arguments[3])
+        return toy_cost(*arguments)
+
+    cfg = dataclasses.replace(cfg, execute="elite", warm_start=False)
+    action, _ = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), spy)
+    assert (seen[0] == action[:, None]).all((2, 3)).any(1).all()
+
+
+@pytest.mark.parametrize("objective", ["sum", "last"])
+def test_fused_rollouts_equal_the_models_own_steps(objective):
+    torch.manual_seed(0)
+    cfg = preset("smoke", predictor="gru", cost="latent", objective=objective)
+    model = WorldModel(cfg)
+    state, goal, actions = torch.randn(3, 32), torch.randn(3, 32), torch.randn(3, 7, 5, 2)
+    with torch.no_grad():
+        fused, plain = (wm.rollout_cost(model, dataclasses.replace(cfg, kernels=k), state, actions, goal) for k in (True, False))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_agent_batches_episodes_and_keeps_its_horizon():
+    torch.manual_seed(0)
+    cfg = preset("smoke", replan_every=2, horizon=6)
+    agent = Agent(WorldModel(cfg), cfg)
+    obs, info = TwoRooms(3).reset()
+    assert agent.act(obs, info["goal_obs"], 50).shape == (3, 2) and agent.mean.shape == (3, 6, 2)
+    kept = agent.actions
+    assert torch.equal(agent.act(obs, info["goal_obs"], 49), kept[:, 1])  # acts on the plan it has
+    assert agent.act(obs.float().numpy(), info["goal_obs"].numpy(), 4).shape == (3, 2) and agent.mean.shape == (3, 4, 2)
+    with pytest.raises(ValueError, match="reset"):
+        agent.act(obs[:2], info["goal_obs"][:2], 50)
+    agent.reset()
+    agent.act(obs[:2], info["goal_obs"][:2], 50)
+    for bad in ((obs[:, :1], info["goal_obs"][:, :1], 5), (obs, info["goal_obs"][:2], 5), (obs, info["goal_obs"], 0)):
+        with pytest.raises(ValueError):
+            agent.act(*bad)
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+def test_wilson_interval():
+    assert wm.wilson(97, 100) == pytest.approx([91.55, 98.97], abs=0.02)
+    assert wm.wilson(0, 20) == pytest.approx([0.0, 16.11], abs=0.02)
+    assert wm.wilson(20, 20) == pytest.approx([83.89, 100.0], abs=0.02)
+
+
+def test_collapse_meter():
+    line = torch.randn(500, 1) * torch.randn(1, 16)
+    meter = wm.collapse_meter(line)
+    assert meter["effective_rank"] == pytest.approx(1, abs=0.01) and meter["correlation"] == pytest.approx(1, abs=0.01)
+    torch.manual_seed(0)
+    meter = wm.collapse_meter(2 * torch.randn(20000, 16))
+    assert meter["effective_rank"] > 15.9 and meter["correlation"] < 0.03
+    assert meter["std_min"] == pytest.approx(2, abs=0.1) and meter["std_mean"] == pytest.approx(2, abs=0.05)
+    assert wm.collapse_meter(torch.ones(10, 4))["std_min"] == 0
+
+
+def test_straight_line_floor_reaches_the_goal_where_no_wall_is():
+    cfg = preset("smoke")
+    run = wm.run_episodes(cfg, 50, wm.straight_line, CPU)
+    stuck = ~run.near()[:, -1]
+    assert 5 < stuck.sum() < 50  # a straight line through the door sometimes works
+    assert ((run.position[stuck, -1, 0] < run.layout.wall_x[stuck]) != (run.goal[stuck, 0] < run.layout.wall_x[stuck])).float().mean() > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------- the whole thing
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "smoke"
+    summary = wm.train(preset("smoke", steps=120, run_dir=str(folder)))
+    return folder, summary
+
+
+def test_smoke_run_learns(trained):
+    folder, summary = trained
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == list(range(10, 121, 10))
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["probe"] < 0.7 * log[0]["probe"]
+    torch.manual_seed(0)
+    untrained = wm.evaluate_unroll(WorldModel(preset("smoke")), preset("smoke"), CPU, n=64)
+    assert summary["probe_error_px"] < 0.5 * untrained["probe_error_px"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    keys = """success_rate success_rate_any success_interval episodes random_success_rate straight_line_success_rate episode_seconds
+        episode_seconds_single position_error_px effective_rank train_seconds clips_per_second parameters device"""
+    assert set(keys.split()) <= set(summary)
+    assert len(summary["position_error_px"]) == 90 and summary["episodes"] == 6
+
+
+def test_smoke_run_draws_figures(trained):
+    from PIL import Image
+
+    folder, _ = trained
+    for name in ("curves.png", "unroll.png", "success.png", "map.png"):
+        assert len(Image.open(folder / name).convert("RGB").getcolors(1 << 24)) > 50, name
+    for name, frames in (("episodes.gif", 20), ("unroll.gif", 91)):
+        assert Image.open(folder / name).n_frames >= frames, name
+
+
+def test_load_gives_an_agent_for_anyones_environment(trained):
+    folder, _ = trained
+    agent = wm.load(folder, samples=8, horizon=5)
+    assert agent.cfg.samples == 8 and not agent.model.training
+    obs, info = TwoRooms(2).reset()
+    again = wm.load(folder / "checkpoint.pt", samples=8, horizon=5)
+    assert torch.equal(agent.act(obs, info["goal_obs"], 20), again.act(obs, info["goal_obs"], 20))
+    with pytest.raises(TypeError, match="latent_dim"):
+        wm.load(folder, latent_dim=3)
+    with pytest.raises(wm.UserError, match="elites"):
+        wm.load(folder, elites=10_000)
+
+
+def test_collapse_is_flagged(tmp_path, capsys):
+    ablate = ("variance", "covariance", "inverse-dynamics")
+    wm.train(preset("smoke", steps=60, similarity_weight=50.0, ablate=ablate, episodes=0, run_dir=str(tmp_path / "run")))
+    assert "raise --variance-weight" in capsys.readouterr().out
+
+
+def test_importing_does_nothing():
+    code = "import torch, world_model; assert torch.initial_seed() == torch.default_generator.initial_seed(); import sys; print('matplotlib' in sys.modules, torch.cuda.is_initialized())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "False False" and out.stderr == ""
