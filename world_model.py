@@ -11,12 +11,15 @@ A dot moves through two rooms joined by a door. Nothing tells the model what a p
     plan: argmin over a_1..a_H of sum_t cost(y_t, encode(goal image)), by MPPI or CEM, again every few steps
 
 The published recipe (arXiv 2602.03604; preset `paper`) takes |y - goal|^2 for the cost. That is blind to walls: a lean
-planner walks into the corner nearest the goal. Presets `gpu` and `cpu` learn a distance that sees them, on frozen latents
-of the same clips: d(z, z') = sum_g |psi_g(z) - psi_g(z')|, the *largest* metric in which no step is longer than its action,
+planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ in two ways, still without any label:
 
-    max E d(z_i, z_j)   subject to   d(z_t, z_{t+1}) <= |a_t|   (as a penalty; i, j: any two frames of one trajectory)
+1. Half of the latent must be slow (the similarity term), the other half must tell the action (inverse dynamics). Asked of
+   all features at once, as published, the two compete, and a small encoder keeps the dot and forgets where the door is.
+2. The cost is the way to go, in px. While the world model trains, psi learns the *largest* metric in which no step is
+   longer than its action: the straight line. Afterwards, latents of many walks in the same rooms are joined where psi
+   says they are near, the shortest path through that graph is the way round the wall (Isomap, Tenenbaum et al. 2000), and
 
-which is the shortest-path problem's dual (Wang et al. 2023, arXiv 2304.01203), in px of travel, with no position label.
+       d(z, z') = |psi(z) - psi(z')| + detour(z, z'),   detour a network that learns what the shortest paths add.
 
     python world_model.py                       # preset gpu on CUDA, cpu elsewhere
     python world_model.py --preset paper        # the published sizes, losses and planner
@@ -78,14 +81,17 @@ class Config:
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages of the encoder
     encoder: Literal["impala", "strided"] = "impala"  # strided: one stride-2 convolution a stage, nothing else
     half_resolution: bool = False  # average 2 x 2 pixels of the observation first
+    wall_gain: float = 3.0  # contrast of the walls' channel over the published normalisation
+    slow_features: int = 256  # features that the similarity term holds still; the action is read from the rest; 0 = all do both
     predictor: Literal["gru", "residual"] = "residual"  # residual: z + MLP(z, a)
     predictor_width: int = 1024  # hidden units of the residual predictor
     # loss
     rollout: int = 8  # steps predicted open-loop in training
+    prediction_weight: float = 4.0  # squared error of the predicted latents
     variance_weight: float = 16.0  # hinge on each feature's standard deviation
     covariance_weight: float = 8.0  # squared off-diagonal covariances
     similarity_weight: float = 12.0  # squared difference of consecutive latents
-    inverse_weight: float = 1.0  # inverse dynamics
+    inverse_weight: float = 16.0  # inverse dynamics
     ablate: tuple[Literal["variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance"], ...] = ()
     # optimisation
     steps: int = 3125  # optimiser steps of the whole schedule
@@ -94,16 +100,21 @@ class Config:
     lr: float = 1e-3  # peak of AdamW's learning rate, after 10 % linear warm-up and before cosine decay to 0
     weight_decay: float = 1e-5  # AdamW
     grad_clip: float = 2.0  # largest gradient norm, of encoder and predictor apart
+    # distance, learnt after the world model
+    layouts: int = 1500  # rooms whose shortest paths are learnt
+    walks: int = 24  # trajectories in each
+    join: float = 2.5  # frames nearer than this are neighbours, px; a wall is 3 px thick
+    distance_steps: int = 3000  # optimiser steps
     # planner
     planner: Literal["mppi", "cem"] = "mppi"  # mppi: elites weighted by softmax(-cost / temperature); cem: equally
-    cost: Literal["distance", "latent"] = "distance"  # learnt distance (px) or mean squared latent difference
+    cost: Literal["distance", "latent"] = "distance"  # learnt way to go (px) or mean squared latent difference
     objective: Literal["sum", "last"] = "sum"  # cost of every step of the plan, or of its end
     samples: int = 128  # candidate plans an iteration
     iterations: int = 3  # rounds of sampling
     elites: int = 16  # candidates that shape the next round
-    horizon: int = 16  # steps planned ahead
+    horizon: int = 6  # steps planned ahead
     init_std: float = 1.0  # of the first round's actions, px
-    temperature: float = 8.0  # of MPPI's softmax, in units of cost
+    temperature: float = 3.0  # of MPPI's softmax, in units of cost
     action_limit: float = 1.8  # largest action norm, px; 0 = off
     smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
     warm_start: bool = True  # begin from the previous plan, shifted
@@ -120,16 +131,17 @@ class Config:
 PRESETS: dict[str, dict] = {
     "gpu": {},
     "paper": dict(
-        predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
+        wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, distance_steps=0, predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
         # the reference multiplies costs by 0.005 where a temperature would divide them
         temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
     ),
     "cpu": dict(
-        latent_dim=128, channels=(16, 32, 64), encoder="strided", half_resolution=True, predictor_width=256, steps=4000, batch_size=64,
-        lr=2e-3, samples=64, episodes=100,
+        latent_dim=128, slow_features=64, channels=(16, 32, 64), encoder="strided", half_resolution=True, predictor_width=256,
+        clip_frames=9, batch_size=128, steps=6000, lr=2e-3, samples=64, episodes=100,
+        compile=False,  # a minute of compiling saves no time on a CPU (encoder: 40 ms eager, 48 ms compiled)
     ),
     "smoke": dict(
-        latent_dim=32, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
+        latent_dim=32, slow_features=16, layouts=8, distance_steps=30, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
         samples=16, iterations=2, elites=4, horizon=6, episodes=6, episode_steps=40, log_every=10, checkpoint_every=20,
         compile=False,
     ),
@@ -419,7 +431,7 @@ class Encoder(nn.Module):
         self.linear = nn.Linear(previous * side * side, cfg.latent_dim)
         self.norm = nn.LayerNorm(cfg.latent_dim)
         self.register_buffer("mean", torch.tensor(MEAN).view(2, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(2, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((STD[0], STD[1] / cfg.wall_gain)).view(2, 1, 1), persistent=False)
 
     def forward(self, obs: Tensor) -> Tensor:
         x, full = obs, 255
@@ -442,9 +454,11 @@ class WorldModel(nn.Module):
         self.residual = cfg.predictor == "residual"
         W = cfg.predictor_width
         self.predictor = mlp(D + 2, W, W, D) if self.residual else nn.GRUCell(2, D)
-        self.inverse_dynamics = mlp(2 * D, 256, 256, 2)
+        self.slow = cfg.slow_features
+        self.inverse_dynamics = mlp(2 * (D - self.slow), 256, 256, 2)
         self.probe = mlp(D, 512, 4)  # x, y, wall x, door y: (px - 32) / 16
         self.psi = mlp(D, 256, 256, 64)
+        self.detour = mlp(2 * D, 384, 384, 384, 1)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations [N, 2, 65, 65], uint8 or float in 0..255 -> latents [N, D]."""
@@ -459,6 +473,12 @@ class WorldModel(nn.Module):
     def read(self, z: Tensor) -> Tensor:
         """Latents [..., D] -> what the probe sees, in px: x, y, wall x, door y [..., 4]."""
         return 32 + 16 * self.probe(z).float()
+
+
+    def distance(self, z: Tensor, goal: Tensor) -> Tensor:
+        """Latents [..., D] and [..., D] -> the way from one to the other round the wall, in px [...]."""
+        detour = self.detour(torch.cat((z, goal.expand_as(z)), -1))[..., 0].float()
+        return metric(self.psi(z), self.psi(goal)) + F.softplus(10 * detour, beta=0.2)
 
 
 def metric(a: Tensor, b: Tensor) -> Tensor:
@@ -483,8 +503,7 @@ def step_metric_loss(psi: Tensor, action: Tensor) -> Tensor:
     The largest metric |psi - psi'| in which no step is longer than its action: frames of a clip are pushed apart, steps
     pulled together. The weight 300 on excess lets steps grow by a few percent."""
     excess = F.relu(metric(psi[:, 1:], psi[:, :-1]) - action.norm(dim=2))
-    i, j = torch.triu_indices(psi.shape[1], psi.shape[1], 1, device=psi.device)
-    return 300 * excess.square().mean() - metric(psi[:, i], psi[:, j]).mean()
+    return 300 * excess.square().mean() - metric(psi[:, :, None], psi[:, None]).mean()
 
 
 def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -501,18 +520,20 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
             y = model.predict(y, batch.action[:, k : k + starts].flatten(0, 1))
             target = z[:, k + 1 : k + 1 + starts].flatten(0, 1)
             prediction = prediction + (y.float() - target.float()).square().mean() / K
-        action = model.inverse_dynamics(torch.cat((z[:, :-1], z[:, 1:]), 2))
+        fast = z[..., model.slow :]
+        action = model.inverse_dynamics(torch.cat((fast[:, :-1], fast[:, 1:]), 2))
         psi = model.psi(z.detach())
         read = model.probe(z.detach()).float()
     inverse = (action.float() - batch.action).square().mean()
-    similarity = (z[:, 1:].float() - z[:, :-1].float()).square().mean()
+    slow = z[..., : model.slow or None].float()
+    similarity = (slow[:, 1:] - slow[:, :-1]).square().mean()
     variance, covariance = variance_covariance_loss(gather(z.float().flatten(0, 1)))
     truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
     probe = (read - (truth - 32) / 16).square().mean()
     distance = step_metric_loss(psi, batch.action) if not off["distance"] else torch.zeros_like(probe)
     world = dist.get_world_size() if dist.is_initialized() else 1
     local = (
-        prediction
+        cfg.prediction_weight * prediction
         + (not off["similarity"]) * cfg.similarity_weight * similarity
         + (not off["inverse-dynamics"]) * cfg.inverse_weight * inverse
         + probe
@@ -570,6 +591,66 @@ def update(model: WorldModel, optimizer: torch.optim.Optimizer, cfg: Config, lr:
     optimizer.zero_grad(set_to_none=True)
 
 
+# --------------------------------------------------------------------------------------------------------- distance
+class Paths(NamedTuple):
+    """Shortest paths through experience: from 32 frames of each of L rooms to all n frames of the same rooms."""
+
+    z: Tensor  # [L, n, D] latents of the frames
+    source: Tensor  # [L, 32] indices of frames
+    length: Tensor  # [L, 32, n] px; NaN = not connected
+
+
+@torch.no_grad()
+def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Paths:
+    """Latents of cfg.walks trajectories in each of cfg.layouts rooms, joined where psi is nearer than cfg.join px.
+
+    No walk leads through the wall, and frames on its two sides are over 3 px apart: the shortest path goes round it."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import dijkstra
+
+    g, K, rooms = seeded(torch.Generator(device), "distance", cfg.seed), 16, []
+    for _ in tqdm(range(cfg.layouts), desc="shortest paths", leave=False, disable=not sys.stderr.isatty()):
+        stop_if_asked()
+        data = trajectories(cfg.walks, cfg.trajectory_steps, g, cfg.fixed_wall, per_layout=cfg.walks)
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
+            z = model.encode(render(data.position[:, ::2], data.layout).flatten(0, 1))  # [n, D]
+            psi = model.psi(z).float()
+        n = len(z)
+        near, to = torch.cdist(psi, psi).topk(min(K, n), 1, largest=False)
+        kept = near < cfg.join
+        row = torch.arange(n, device=device)[:, None].expand_as(to)
+        edges = [x[kept].cpu().numpy() for x in (near + 1e-6, row, to)]
+        source = torch.randperm(n, generator=g, device=device)[:32]
+        length = dijkstra(csr_matrix((edges[0], edges[1:]), shape=(n, n)), directed=False, indices=source.cpu().numpy())
+        length = torch.from_numpy(length).to(device, torch.float16)
+        rooms.append((z.to(torch.bfloat16), source, torch.where(length.isfinite(), length, torch.nan)))
+    return Paths(*(torch.stack(x) for x in zip(*rooms)))
+
+
+def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: int = 4096) -> float:
+    """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error, px, at the end."""
+    paths = shortest_paths(model, cfg, device)
+    (L, n, _), g = paths.z.shape, seeded(torch.Generator(device), "pairs", cfg.seed)
+    optimizer = torch.optim.AdamW(model.detour.parameters(), 1e-3)
+    error, draw = torch.zeros((), device=device), lambda high: torch.randint(0, high, (batch,), generator=g, device=device)
+    for step in tqdm(range(cfg.distance_steps), desc="distance", leave=False, disable=not sys.stderr.isatty()):
+        stop_if_asked()
+        room, s, i = draw(L), draw(paths.source.shape[1]), draw(n)
+        z, goal = paths.z[room, i].float(), paths.z[room, paths.source[room, s]].float()
+        length = paths.length[room, s, i].float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
+            off = (model.distance(z, goal) - length.nan_to_num()).abs()
+        loss = torch.where(length.isnan(), 0.0, off).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (loss / 8).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / cfg.distance_steps))
+        optimizer.step()
+        error = error.lerp(loss.detach(), 0.01 if step else 1.0)
+    model.zero_grad(set_to_none=True)  # psi has gathered gradients that nobody wants
+    return error.item()
+
+
 # --------------------------------------------------------------------------------------------------------- planning
 def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
     """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] towards goal latents [E, D], all rolled out in one batch."""
@@ -578,16 +659,14 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
         gru, norm = model.predictor, model.encoder.norm
         weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias)
         return gru_rollout_cost(state, actions, goal, *weights, objective=cfg.objective)
-    features = model.psi if cfg.cost == "distance" else lambda z: z
-    z, goal = state.repeat_interleave(S, 0), features(goal)[:, None]  # [E S, D], [E, 1, .]
+    z, goal = state.repeat_interleave(S, 0), goal.repeat_interleave(S, 0)  # [E S, D]
     actions = actions.permute(2, 0, 1, 3).flatten(1, 2)  # [H, E S, 2]
-    cost = torch.zeros(E, S, device=z.device)
+    cost = torch.zeros(E * S, device=z.device)
     for t in range(H):
         z = model.predict(z, actions[t])
         if cfg.objective == "sum" or t == H - 1:
-            at = features(z).view(E, S, -1)
-            cost += metric(at, goal) if cfg.cost == "distance" else (at - goal).float().square().mean(2)
-    return cost
+            cost += model.distance(z, goal) if cfg.cost == "distance" else (z - goal).float().square().mean(1)
+    return cost.view(E, S)
 
 
 def limit_norm(actions: Tensor, limit: float) -> Tensor:
@@ -595,7 +674,7 @@ def limit_norm(actions: Tensor, limit: float) -> Tensor:
 
 
 def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generator, cost_of=rollout_cost):
-    """Sampling-based planning from latents [E, D] to goal latents [E, D], starting from the plan `mean` [E, H, 2].
+    """Sampling-based planning from latents [E, D] to goal latents [E, D], from the plan `mean` [E, H, 2] on.
 
     MPPI (Williams et al. 2017, arXiv 1707.02342) over elites, as in TD-MPC (arXiv 2203.04955), or CEM.
     -> plan to execute [E, H, 2], mean plan [E, H, 2].
@@ -1056,7 +1135,7 @@ def check(cfg: Config) -> Config:
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{flag(name)} must not be negative, got {value}")
     positive = ("clip_frames trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations elites "
-                "horizon init_std temperature replan_every episode_steps log_every checkpoint_every")  # fmt: skip
+                "horizon init_std temperature replan_every layouts walks join wall_gain episode_steps log_every checkpoint_every")  # fmt: skip
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
@@ -1068,6 +1147,7 @@ def check(cfg: Config) -> Config:
         (cfg.clip_frames <= cfg.trajectory_steps + 1, f"--clip-frames {cfg.clip_frames} is longer than the trajectory of {cfg.trajectory_steps} steps"),
         (cfg.elites <= cfg.samples, f"--elites {cfg.elites} is more than --samples {cfg.samples}"),
         (cfg.samples >= 2, f"--samples {cfg.samples}: planning needs at least 2"),
+        (cfg.slow_features < cfg.latent_dim, f"--slow-features {cfg.slow_features} leaves none of --latent-dim {cfg.latent_dim} to tell the action"),
         (cfg.smooth < 1, f"--smooth must be below 1, got {cfg.smooth}"),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
         (cfg.cost != "distance" or "distance" not in cfg.ablate, "--ablate distance leaves nothing to plan with: add --cost latent"),
@@ -1195,6 +1275,13 @@ def train(cfg: Config) -> dict:
             warmup_seconds=round(warmup_seconds, 1), parameters=parameters,
             clips_per_second=round(end * cfg.batch_size / max(train_seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
         )  # fmt: skip
+        if main and cfg.cost == "distance" and cfg.distance_steps:
+            begin = time.perf_counter()
+            summary["distance_error_px"] = round(fit_distance(model, cfg, device), 3)
+            took = round(time.perf_counter() - begin, 1)
+            summary |= dict(distance_seconds=took, train_seconds=round(train_seconds + took, 1))
+            say(f"distance: {cfg.layouts} rooms, {cfg.distance_steps} steps | {took} s | {summary['distance_error_px']:.1f} px off the shortest paths")
+            save_checkpoint(run_dir, cfg, model, optimizer, end, train_seconds)
         if main:
             summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
             write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
