@@ -141,7 +141,7 @@ PRESETS: dict[str, dict] = {
         compile=False,  # a minute of compiling saves no time on a CPU (encoder: 40 ms eager, 48 ms compiled)
     ),
     "smoke": dict(
-        latent_dim=32, slow_features=16, layouts=8, distance_steps=30, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
+        latent_dim=32, wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, layouts=8, distance_steps=30, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
         samples=16, iterations=2, elites=4, horizon=6, episodes=6, episode_steps=40, log_every=10, checkpoint_every=20,
         compile=False,
     ),
@@ -629,6 +629,9 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
 
 def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: int = 4096) -> float:
     """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error, px, at the end."""
+    torch.manual_seed(cfg.seed)
+    for layer in model.detour:  # start anew, so that a resumed run ends with the same weights
+        getattr(layer, "reset_parameters", lambda: None)()
     paths = shortest_paths(model, cfg, device)
     (L, n, _), g = paths.z.shape, seeded(torch.Generator(device), "pairs", cfg.seed)
     optimizer = torch.optim.AdamW(model.detour.parameters(), 1e-3)

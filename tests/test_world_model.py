@@ -199,13 +199,13 @@ def test_half_resolution_is_average_pooling():
     model.encoder.cnn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     obs, _ = TwoRooms(3).reset()
     model.encode(obs)
-    mean, std = (torch.tensor(v).view(2, 1, 1) for v in (wm.MEAN, (0.0369, 0.2986 / 3)))
+    mean, std = (torch.tensor(v).view(2, 1, 1) for v in (wm.MEAN, (0.0369, 0.2986)))
     torch.testing.assert_close(seen[0], (torch.nn.functional.avg_pool2d(obs / 255, 2) - mean) / std)
 
 
-@pytest.mark.parametrize("predictor", ["gru", "residual"])
-def test_loss_terms_by_hand(predictor):
-    cfg = preset("smoke", predictor=predictor, rollout=5, batch_size=4)
+@pytest.mark.parametrize("predictor,slow", [("gru", 0), ("residual", 0), ("residual", 12)])
+def test_loss_terms_by_hand(predictor, slow):
+    cfg = preset("smoke", predictor=predictor, rollout=5, batch_size=4, slow_features=slow, prediction_weight=3.0, inverse_weight=2.0)
     torch.manual_seed(0)
     model, batch = WorldModel(cfg), ClipStream(cfg, CPU)(0)
     total, terms, _ = losses(model, cfg, batch)
@@ -220,12 +220,13 @@ def test_loss_terms_by_hand(predictor):
                 y = model.predict(y, batch.action[b, t + k][None])
                 error.append((y - z[b][t + k + 1]).square().mean())
     pairs = [(b, t) for b in range(B) for t in range(T - 1)]
-    similarity = [(z[b][t] - z[b][t + 1]).square().mean() for b, t in pairs]
-    inverse = [(model.inverse_dynamics(torch.cat((z[b][t], z[b][t + 1]), 1)) - batch.action[b, t]).square().mean() for b, t in pairs]
+    still = slow or 32  # the first features are held still, the others tell the action; 0: all do both
+    similarity = [(z[b][t][:, :still] - z[b][t + 1][:, :still]).square().mean() for b, t in pairs]
+    inverse = [(model.inverse_dynamics(torch.cat((z[b][t][:, slow:], z[b][t + 1][:, slow:]), 1)) - batch.action[b, t]).square().mean() for b, t in pairs]
     for name, values in (("prediction", error), ("similarity", similarity), ("inverse_dynamics", inverse)):
         assert terms[name] == pytest.approx(torch.stack(values).mean().item(), rel=1e-4), name
     v, c = wm.variance_covariance_loss(torch.cat([z[b][t] for b in range(B) for t in range(T)]))
-    wanted = terms["prediction"] + 16 * v + 8 * c + 12 * terms["similarity"] + terms["inverse_dynamics"] + terms["probe"] + 0.1 * terms["distance"]
+    wanted = 3 * terms["prediction"] + 16 * v + 8 * c + 12 * terms["similarity"] + 2 * terms["inverse_dynamics"] + terms["probe"] + 0.1 * terms["distance"]
     assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -251,6 +252,47 @@ def test_metric_is_a_metric():
     flat = torch.zeros(64)
     flat[0], flat[8] = 3.0, 4.0
     assert d(flat, torch.zeros(64)).item() == pytest.approx(5.0, abs=0.01)
+
+
+class TruePositions(torch.nn.Module):
+    """Stands where the encoder stands: the latent is (x, y, wall, door) read off the picture, psi the position in px."""
+
+    def __init__(self):
+        super().__init__()
+        self.detour = wm.mlp(8, 64, 64, 1)
+
+    def encode(self, obs):
+        pixel = torch.arange(65.0)
+        dot = obs[:, 0].float()
+        x, y = ((dot.sum(axis) * pixel).sum(1) / dot.sum((1, 2)) for axis in (1, 2))
+        solid = obs[:, 1, 5:60, 5:60] > 0  # inside the borders
+        wall = (solid.sum(1) > 20).float() @ pixel[5:60] / 3
+        gap = ~solid.gather(2, (wall.long() - 5)[:, None, None].expand(-1, 55, 1))[..., 0]
+        door = (gap * pixel[5:60]).sum(1) / gap.sum(1)
+        return torch.stack((x, y, wall, door), 1)
+
+    def psi(self, z):
+        return z[..., :2]
+
+
+def test_shortest_paths_go_through_the_door():
+    cfg = preset("smoke", layouts=6, walks=24, join=2.5)
+    with torch.random.fork_rng():
+        paths = wm.shortest_paths(TruePositions(), cfg, CPU)
+    straight, detours = [], []
+    for room in range(6):
+        z, source, length = paths.z[room].float(), paths.source[room], paths.length[room].float()
+        apart = (z[source][:, None, :2] - z[None, :, :2]).norm(dim=2)
+        far = (z[source][:, None, 0] < z[0, 2]) != (z[None, :, 0] < z[0, 2])
+        known = ~length.isnan()
+        assert (length[known] >= apart[known] - 0.5).all()  # a way is never shorter than the straight line (bf16 latents)
+        straight.append((length / apart.clamp(min=1))[known & ~far & (apart > 10)])
+        door = z[0, 2:]
+        through = (z[source][:, None, :2] - door).norm(dim=2) + (z[None, :, :2] - door).norm(dim=2)
+        detours.append((length - through)[known & far & (through - apart > 15)])
+    assert torch.cat(straight).median() < 1.2  # within a room the way is straight
+    detours = torch.cat(detours)
+    assert len(detours) > 500 and detours.quantile(0.02) > -8  # the door's half-height and the corner that may be cut
 
 
 def test_learning_rate():
