@@ -108,18 +108,19 @@ class Config:
     # planner
     planner: Literal["mppi", "cem"] = "mppi"  # mppi: elites weighted by softmax(-cost / temperature); cem: equally
     cost: Literal["distance", "latent"] = "distance"  # learnt way to go (px) or mean squared latent difference
+    blocked: float = 0.7  # with cost distance: a step shorter than this part of its action is not taken; 0 = off
     objective: Literal["sum", "last"] = "sum"  # cost of every step of the plan, or of its end
     samples: int = 128  # candidate plans an iteration
     iterations: int = 3  # rounds of sampling
     elites: int = 16  # candidates that shape the next round
-    horizon: int = 6  # steps planned ahead
+    horizon: int = 4  # steps planned ahead
     init_std: float = 1.0  # of the first round's actions, px
-    temperature: float = 3.0  # of MPPI's softmax, in units of cost
+    temperature: float = 1.0  # of MPPI's softmax, in units of cost
     action_limit: float = 1.8  # largest action norm, px; 0 = off
     smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
     warm_start: bool = True  # begin from the previous plan, shifted
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
-    replan_every: int = 2  # steps acted before planning anew
+    replan_every: int = 1  # steps acted before planning anew
     # evaluation and logging
     episodes: int = 1000  # planning tasks
     episode_steps: int = 200  # steps of an episode
@@ -148,7 +149,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
     "run_dir", "resume", "overwrite", "device", "compile", "kernels", "max_steps", "log_every", "checkpoint_every",
-    "planner", "cost", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
+    "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
     "action_limit", "smooth", "warm_start", "execute", "replan_every", "episodes", "episode_steps", "task_seed",
 }  # fmt: skip
 
@@ -655,6 +656,16 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
 
 
 # --------------------------------------------------------------------------------------------------------- planning
+def imagine(model: WorldModel, cfg: Config, z: Tensor, action: Tensor) -> Tensor:
+    """The model's next latents [N, D], but a step that psi finds much shorter than its action [N, 2] has met something solid
+    and is not taken, as in the training data: a mean-square predictor lets the dot sink into walls, push by push."""
+    after = model.predict(z, action)
+    if not cfg.blocked or cfg.cost == "latent":
+        return after
+    short = metric(model.psi(after), model.psi(z)) < cfg.blocked * action.norm(dim=1)
+    return torch.where(short[:, None], z, after.to(z.dtype))
+
+
 def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
     """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] towards goal latents [E, D], all rolled out in one batch."""
     E, S, H, _ = actions.shape
@@ -666,7 +677,7 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
     actions = actions.permute(2, 0, 1, 3).flatten(1, 2)  # [H, E S, 2]
     cost = torch.zeros(E * S, device=z.device)
     for t in range(H):
-        z = model.predict(z, actions[t])
+        z = imagine(model, cfg, z, actions[t])
         if cfg.objective == "sum" or t == H - 1:
             cost += model.distance(z, goal) if cfg.cost == "distance" else (z - goal).float().square().mean(1)
     return cost.view(E, S)
@@ -816,7 +827,7 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
         if agent and shown:
             z, plan_path = agent.model.encode(obs[:shown]), []
             for a in agent.mean[:shown, agent.age - 1 :].unbind(1):
-                z = agent.model.predict(z, a)
+                z = imagine(agent.model, cfg, z, a)
                 plan_path.append(agent.model.read(z)[:, :2].cpu())
             plans.append(torch.stack(plan_path, 1))
         obs, _, _, _, info = env.step(action)
@@ -947,9 +958,9 @@ def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
             if n < 0:
                 continue
             layout = Layout(*(x[n : n + 1] for x in run.layout))
-            axis.imshow(paint(run.position[n, :1], run.goal[n : n + 1], layout)[0])
-            axis.plot(*run.position[n].T, color=[c / 255 for c in colour], lw=1)
-            axis.plot(*run.position[n, -1], "x", color="black", ms=5)
+            axis.imshow(paint(run.position[n, :1], run.goal[n : n + 1], layout)[0].numpy())
+            axis.plot(*run.position[n].T.numpy(), color=[c / 255 for c in colour], lw=1)
+            axis.plot(*run.position[n, -1].numpy(), "x", color="black", ms=5)
             axis.set_title(f"task {n}", fontsize=7, pad=1)
     figure.savefig(path, dpi=110)
 

@@ -1,0 +1,52 @@
+"""README, Makefile, presets and results agree."""
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import world_model as wm
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_tables_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "results"))
+    import tables
+
+    assert README == tables.readme(), "run: make results"
+
+
+def test_every_command_flag_and_path_exists():
+    code = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
+    targets = set(re.findall(r"^([a-z_]+):", MAKEFILE, re.M))
+    assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
+    fields = {f.name.replace("_", "-") for f in dataclasses.fields(wm.Config)} | {"nproc-per-node"}
+    flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
+    assert flags <= fields | {"resume", "nproc_per_node", "readme"}, flags - fields
+    for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_presets_and_fields_have_no_dead_names():
+    fields = {f.name for f in dataclasses.fields(wm.Config)}
+    for name, values in wm.PRESETS.items():
+        assert set(values) <= fields, name
+    assert wm.MAY_CHANGE_ON_RESUME <= fields
+    tree = ast.parse((ROOT / "world_model.py").read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    assert fields <= read, fields - read
+
+
+def test_help_shows_every_field_with_its_meaning():
+    shown = subprocess.run([sys.executable, "world_model.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for field in dataclasses.fields(wm.Config):
+        assert "--" + field.name.replace("_", "-") in shown, field.name
+
+
+def test_make_lists_its_targets():
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(target in shown for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split() if target != "help")
