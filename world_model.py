@@ -1190,7 +1190,7 @@ def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
 def trim_metrics(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint that the run goes on from."""
     lines = path.read_text().splitlines() if path.exists() else []
-    sound = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+    sound = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomically(path, "".join(line + "\n" for line in sound).encode())
 
 
