@@ -24,9 +24,9 @@ def test_every_command_flag_and_path_exists():
     code = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
     targets = set(re.findall(r"^([a-z_]+):", MAKEFILE, re.M))
     assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(wm.Config)} | {"nproc-per-node"}
+    fields = {f.name.replace("_", "-") for f in dataclasses.fields(wm.Config)}
     flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
-    assert flags <= fields | {"resume", "nproc_per_node", "readme"}, flags - fields
+    assert flags <= fields | {"nproc_per_node", "help"}, flags - fields
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
 

@@ -202,10 +202,11 @@ if rank == 0:
     torch.save(grads, sys.argv[1])
 """
     (tmp_path / "grads.py").write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, tmp_path / "grads.py", tmp_path / "one.pt"], check=True, env=env)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, tmp_path / "grads.py", tmp_path / "two.pt"], check=True, env=env, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+    ended = subprocess.run([*launch, tmp_path / "grads.py", tmp_path / "two.pt"], env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     # the terms are means taken in float32
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6 * one.abs().max().item())
