@@ -200,6 +200,9 @@ if dist.is_initialized():
     dist.all_reduce(grads)
 if rank == 0:
     torch.save(grads, sys.argv[1])
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
 """
     (tmp_path / "grads.py").write_text(code)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
