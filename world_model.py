@@ -111,7 +111,7 @@ class Config:
     blocked: float = 0.7  # with cost distance: a step shorter than this part of its action is not taken; 0 = off
     objective: Literal["sum", "last"] = "sum"  # cost of every step of the plan, or of its end
     samples: int = 128  # candidate plans an iteration
-    iterations: int = 3  # rounds of sampling
+    iterations: int = 2  # rounds of sampling
     elites: int = 16  # candidates that shape the next round
     horizon: int = 4  # steps planned ahead
     init_std: float = 1.0  # of the first round's actions, px
@@ -120,7 +120,7 @@ class Config:
     smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
     warm_start: bool = True  # begin from the previous plan, shifted
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
-    replan_every: int = 1  # steps acted before planning anew
+    replan_every: int = 4  # steps acted before planning anew
     # evaluation and logging
     episodes: int = 1000  # planning tasks
     episode_steps: int = 200  # steps of an episode
@@ -445,6 +445,19 @@ class Encoder(nn.Module):
         return self.norm(self.linear(F.relu(x).flatten(1)))
 
 
+class Detour(nn.Module):
+    """What the way from one latent to another is longer than the straight line, in px."""
+
+    def __init__(self, D: int, width: int = 384):
+        super().__init__()
+        self.here, self.there = nn.Linear(D, width), nn.Linear(D, width)  # apart: one goal serves many states
+        self.head = mlp(width, width, width, 1)
+
+    def forward(self, z: Tensor, goal: Tensor) -> Tensor:
+        h = self.head(F.relu(self.here(z) + self.there(goal)))[..., 0]
+        return F.softplus(10 * h.float(), beta=0.2)
+
+
 class WorldModel(nn.Module):
     """Encoder and predictor, trained together, and the heads that read the latents (probe, distance: detached)."""
 
@@ -459,7 +472,7 @@ class WorldModel(nn.Module):
         self.inverse_dynamics = mlp(2 * (D - self.slow), 256, 256, 2)
         self.probe = mlp(D, 512, 4)  # x, y, wall x, door y: (px - 32) / 16
         self.psi = mlp(D, 256, 256, 64)
-        self.detour = mlp(2 * D, 384, 384, 384, 1)
+        self.detour = Detour(D)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations [N, 2, 65, 65], uint8 or float in 0..255 -> latents [N, D]."""
@@ -468,18 +481,16 @@ class WorldModel(nn.Module):
     def predict(self, z: Tensor, action: Tensor) -> Tensor:
         """Latents [N, D], actions [N, 2] in px -> next latents [N, D]."""
         if self.residual:
-            return self.encoder.norm(z + self.predictor(torch.cat((z, action.to(z.dtype)), 1)))
+            return self.encoder.norm(z + self.predictor(torch.cat((z, action.to(z.dtype)), -1)))
         return self.encoder.norm(self.predictor(action.to(z.dtype), z))
 
     def read(self, z: Tensor) -> Tensor:
         """Latents [..., D] -> what the probe sees, in px: x, y, wall x, door y [..., 4]."""
         return 32 + 16 * self.probe(z).float()
 
-
-    def distance(self, z: Tensor, goal: Tensor) -> Tensor:
-        """Latents [..., D] and [..., D] -> the way from one to the other round the wall, in px [...]."""
-        detour = self.detour(torch.cat((z, goal.expand_as(z)), -1))[..., 0].float()
-        return metric(self.psi(z), self.psi(goal)) + F.softplus(10 * detour, beta=0.2)
+    def distance(self, z: Tensor, goal: Tensor, psi: Tensor | None = None) -> Tensor:
+        """Latents [..., D] and goals that broadcast to them -> the way round the wall, in px [...]; psi(z) if at hand."""
+        return metric(self.psi(z) if psi is None else psi, self.psi(goal)) + self.detour(z, goal)
 
 
 def metric(a: Tensor, b: Tensor) -> Tensor:
@@ -631,7 +642,7 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
 def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: int = 4096) -> float:
     """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error, px, at the end."""
     torch.manual_seed(cfg.seed)
-    for layer in model.detour:  # start anew, so that a resumed run ends with the same weights
+    for layer in model.detour.modules():  # start anew, so that a resumed run ends with the same weights
         getattr(layer, "reset_parameters", lambda: None)()
     paths = shortest_paths(model, cfg, device)
     (L, n, _), g = paths.z.shape, seeded(torch.Generator(device), "pairs", cfg.seed)
@@ -656,14 +667,15 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
 
 
 # --------------------------------------------------------------------------------------------------------- planning
-def imagine(model: WorldModel, cfg: Config, z: Tensor, action: Tensor) -> Tensor:
-    """The model's next latents [N, D], but a step that psi finds much shorter than its action [N, 2] has met something solid
-    and is not taken, as in the training data: a mean-square predictor lets the dot sink into walls, push by push."""
+def imagine(model: WorldModel, cfg: Config, z: Tensor, psi: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [N, D] and their psi [N, 64] after actions [N, 2]. A step that psi finds much shorter than its action has met
+    something solid and is not taken, as in the training data: a mean-square predictor lets the dot sink into walls."""
     after = model.predict(z, action)
-    if not cfg.blocked or cfg.cost == "latent":
-        return after
-    short = metric(model.psi(after), model.psi(z)) < cfg.blocked * action.norm(dim=1)
-    return torch.where(short[:, None], z, after.to(z.dtype))
+    if cfg.cost == "latent":
+        return after, psi
+    psi_after = model.psi(after)
+    taken = (metric(psi_after, psi) >= cfg.blocked * action.norm(dim=-1))[:, None]
+    return torch.where(taken, after.to(z.dtype), z), torch.where(taken, psi_after, psi)
 
 
 def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
@@ -673,14 +685,15 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
         gru, norm = model.predictor, model.encoder.norm
         weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias)
         return gru_rollout_cost(state, actions, goal, *weights, objective=cfg.objective)
-    z, goal = state.repeat_interleave(S, 0), goal.repeat_interleave(S, 0)  # [E S, D]
-    actions = actions.permute(2, 0, 1, 3).flatten(1, 2)  # [H, E S, 2]
-    cost = torch.zeros(E * S, device=z.device)
-    for t in range(H):
-        z = imagine(model, cfg, z, actions[t])
+    z, goal = state.repeat_interleave(S, 0), goal[:, None]  # [E S, D], [E, 1, D]
+    psi, cost = model.psi(z), torch.zeros(E, S, device=z.device)
+    for t, action in enumerate(actions.flatten(0, 1).unbind(1)):  # [E S, 2]
+        z, psi = imagine(model, cfg, z, psi, action)
         if cfg.objective == "sum" or t == H - 1:
-            cost += model.distance(z, goal) if cfg.cost == "distance" else (z - goal).float().square().mean(1)
-    return cost.view(E, S)
+            at = z.view(E, S, -1)
+            to_go = model.distance(at, goal, psi.view(E, S, -1)) if cfg.cost == "distance" else (at - goal).float().square().mean(2)
+            cost = cost + to_go
+    return cost
 
 
 def limit_norm(actions: Tensor, limit: float) -> Tensor:
@@ -826,8 +839,9 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
         seconds += time.perf_counter() - begin
         if agent and shown:
             z, plan_path = agent.model.encode(obs[:shown]), []
+            psi = agent.model.psi(z)
             for a in agent.mean[:shown, agent.age - 1 :].unbind(1):
-                z = imagine(agent.model, cfg, z, a)
+                z, psi = imagine(agent.model, cfg, z, psi, a)
                 plan_path.append(agent.model.read(z)[:, :2].cpu())
             plans.append(torch.stack(plan_path, 1))
         obs, _, _, _, info = env.step(action)

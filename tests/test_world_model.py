@@ -259,7 +259,7 @@ class TruePositions(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.detour = wm.mlp(8, 64, 64, 1)
+        self.detour = wm.Detour(4, 64)
 
     def encode(self, obs):
         pixel = torch.arange(65.0)
