@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 from kernels import gru_rollout_cost, variance_covariance_loss
 
+SCRIPT = "world_model"
 TERMS = ("prediction", "variance", "covariance", "similarity", "inverse_dynamics", "distance", "probe")
 ABLATIONS = ("variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance")
 
@@ -177,7 +178,7 @@ MEAN, STD = (0.0026, 0.0989), (0.0369, 0.2986)  # per channel, of observations i
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("clips", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -495,10 +496,15 @@ class WorldModel(nn.Module):
 
 def metric(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distance between embeddings [..., 64] -> [...]; with a gradient at zero."""
-    return ((a - b).float().square().sum(-1) + 1e-6).sqrt()
+    return (wide(a - b).square().sum(-1) + 1e-6).sqrt()
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: statistics and losses are not for bf16."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def gather(z: Tensor) -> Tensor:
     """Rows of all processes; the gradient is that of the own rows, so that summing it over processes is exact."""
     if not dist.is_initialized():
@@ -531,15 +537,15 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
         for k in range(K):
             y = model.predict(y, batch.action[:, k : k + starts].flatten(0, 1))
             target = z[:, k + 1 : k + 1 + starts].flatten(0, 1)
-            prediction = prediction + (y.float() - target.float()).square().mean() / K
+            prediction = prediction + (wide(y) - wide(target)).square().mean() / K
         fast = z[..., model.slow :]
         action = model.inverse_dynamics(torch.cat((fast[:, :-1], fast[:, 1:]), 2))
         psi = model.psi(z.detach())
-        read = model.probe(z.detach()).float()
-    inverse = (action.float() - batch.action).square().mean()
-    slow = z[..., : model.slow or None].float()
+        read = wide(model.probe(z.detach()))
+    inverse = (wide(action) - batch.action).square().mean()
+    slow = wide(z[..., : model.slow or None])
     similarity = (slow[:, 1:] - slow[:, :-1]).square().mean()
-    variance, covariance = variance_covariance_loss(gather(z.float().flatten(0, 1)))
+    variance, covariance = variance_covariance_loss(gather(wide(z).flatten(0, 1)))
     truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
     probe = (read - (truth - 32) / 16).square().mean()
     distance = step_metric_loss(psi, batch.action) if not off["distance"] else torch.zeros_like(probe)
@@ -579,15 +585,19 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
-def learning_rate(cfg: Config, step: int) -> float:
-    """Linear warm-up over the first tenth of the schedule, then cosine to zero."""
-    warmup = max(1, cfg.steps // 10)
+def learning_rate(cfg: Config, step: int, steps: int) -> float:
+    """Linear warm-up over the first tenth of a schedule of `steps`, then cosine to zero."""
+    warmup = max(1, steps // 10)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def update(model: WorldModel, optimizer: torch.optim.Optimizer, cfg: Config, lr: float) -> None:
+def make_optimizer(model: WorldModel, cfg: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=next(model.parameters()).device.type != "mps")
+
+
+def update(model: WorldModel, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
     """One AdamW step; gradients summed over processes, then clipped module by module."""
     if dist.is_initialized():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1014,7 +1024,7 @@ def draw_curves(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- checkpoint and logging
-FORMAT = "nanojepa/world_model/1"
+FORMAT = f"nanojepa/{SCRIPT}/1"
 asked_to_stop: list[int] = []  # signals received
 
 
@@ -1024,7 +1034,7 @@ class Interrupted(Exception):
 
 def stop_if_asked() -> None:
     if asked_to_stop:
-        raise Interrupted
+        raise Interrupted("stopped; what was trained is in the checkpoint: go on with --resume")
 
 
 def synchronize(device: torch.device) -> None:
@@ -1059,7 +1069,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
 
 def open_run_dir(cfg: Config) -> Path:
     """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume."""
-    base = Path("runs/world_model")
+    base = Path("runs") / SCRIPT
     numbered = lambda n: base / f"{cfg.preset}-{n}"
     if cfg.run_dir:
         path = Path(cfg.run_dir)
@@ -1125,10 +1135,14 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     return state
 
 
+def from_saved(config: dict) -> Config:
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+
+
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
     """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
-    saved = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+    saved = from_saved(state["config"])
     for field in dataclasses.fields(Config):
         was, now = getattr(saved, field.name), getattr(cfg, field.name)
         if was != now and field.name not in MAY_CHANGE_ON_RESUME:
@@ -1208,122 +1222,72 @@ def trim_metrics(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in sound).encode())
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """SIGINT and SIGTERM are noted, and obeyed at the next safe place."""
-    asked_to_stop.clear()
-    try:
-        old = {s: signal.signal(s, lambda number, _: asked_to_stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        old = {}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
 # --------------------------------------------------------------------------------------------------------- training
 def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
     """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
-    begin = time.perf_counter()
+    begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
         try:
             function(model, cfg, batch, amp)[0].backward()
             break
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    model.load_state_dict(state)  # BatchNorm has counted the warm-up
     model.zero_grad(set_to_none=True)
     return function, time.perf_counter() - begin
 
 
-def train(cfg: Config) -> dict:
-    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
-    check(cfg)
-    device, rank, world = start_device(cfg)
-    torch.manual_seed(cfg.seed)
-    model = WorldModel(cfg).to(device)
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-    run_dir = open_run_dir(cfg) if rank == 0 else Path(cfg.run_dir)
-    start, train_seconds = 0, 0.0
-    if cfg.resume:
-        start, train_seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device)
-    main = rank == 0
-    if main:
-        write_config(run_dir, cfg, device)
-        trim_metrics(run_dir / "metrics.jsonl", start)
-    amp = use_bf16(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    say = tqdm.write if main else lambda line: None
-    say(f"{cfg.preset} | {describe(device)} | {'bf16 autocast' if amp else 'float32: no bf16 here'} | {parameters:,} parameters | {run_dir}")
-    clips = ClipStream(cfg, device, rank, world)
-    compute, warmup_seconds = compiled(cfg, model, clips(start), amp)
+def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
+    compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
     say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
-    end = min(cfg.steps, cfg.max_steps or cfg.steps)
     # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
-    terms = None
     synchronize(device)
-    clock, logged = time.perf_counter(), start
+    clock, logged, terms = time.perf_counter(), start, None
     bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
-    with catch_signals():
-        for step in range(start, end + 1):
-            last = step == end
-            stop = bool(asked_to_stop)
-            if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
-                values = terms.tolist()  # waits for the device
-                train_seconds += (took := time.perf_counter() - clock)
-                if (at := bad_step.item()) >= 0:
-                    names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
-                    kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
-                    raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
-                if main and (last or step % cfg.log_every == 0):
-                    log_step(run_dir, cfg, step, values, latents, took / max(1, step - logged), end, say)
-                if main and (last or stop or step % cfg.checkpoint_every == 0):
-                    save_checkpoint(run_dir, cfg, model, optimizer, step, train_seconds)
-                logged = step
-                synchronize(device)
-                clock = time.perf_counter()
-            if last or stop:
-                break
-            total, terms, latents = compute(model, cfg, clips(step), amp)
-            total.backward()
-            terms = torch.cat((terms, total.detach()[None]))
-            bad = torch.where(bad_step < 0, terms, bad)
-            bad_step = torch.where((bad_step < 0) & ~terms.isfinite().all(), step, bad_step)
-            update(model, optimizer, cfg, learning_rate(cfg, step))
-            bar.update()
-        bar.close()
-        if stop and not last:
-            raise Interrupted(f"stopped at step {step}; checkpoint saved; go on with --resume --run-dir {run_dir}")
-        summary = dict(
-            preset=cfg.preset, seed=cfg.seed, steps=end, train_seconds=round(train_seconds, 1),
-            warmup_seconds=round(warmup_seconds, 1), parameters=parameters,
-            clips_per_second=round(end * cfg.batch_size / max(train_seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
-        )  # fmt: skip
-        if main and cfg.cost == "distance" and cfg.distance_steps:
-            begin = time.perf_counter()
-            summary["distance_error_px"] = round(fit_distance(model, cfg, device), 3)
-            took = round(time.perf_counter() - begin, 1)
-            summary |= dict(distance_seconds=took, train_seconds=round(train_seconds + took, 1))
-            say(f"distance: {cfg.layouts} rooms, {cfg.distance_steps} steps | {took} s | {summary['distance_error_px']:.1f} px off the shortest paths")
-            save_checkpoint(run_dir, cfg, model, optimizer, end, train_seconds)
-        if main:
-            summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
-            write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
-    return summary
+    for step in range(start, end + 1):
+        last, stop = step == end, bool(asked_to_stop)
+        if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
+            values = terms.tolist()  # waits for the device
+            seconds += (took := time.perf_counter() - clock)
+            if (at := bad_step.item()) >= 0:
+                names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
+                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
+            if main and (last or step % cfg.log_every == 0):
+                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+            if main and (last or stop or step % cfg.checkpoint_every == 0):
+                save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
+            logged = step
+            synchronize(device)
+            clock = time.perf_counter()
+        if last or stop:
+            break
+        total, terms, latents = compute(model, cfg, batches(step), amp)
+        total.backward()
+        terms = torch.cat((terms, total.detach()[None]))
+        bad = torch.where(bad_step < 0, terms, bad)
+        bad_step = torch.where((bad_step < 0) & ~terms.isfinite().all(), step, bad_step)
+        update(model, cfg, optimizer, learning_rate(cfg, step, steps))
+        bar.update()
+    bar.close()
+    if stop and not last:
+        raise Interrupted(f"stopped at step {step}; checkpoint saved; go on with --resume --run-dir {run_dir}")
+    return seconds, warmup_seconds
 
 
-def log_step(run_dir: Path, cfg: Config, step: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
+def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
     """One line for people, one object in metrics.jsonl, and a warning when the latents collapse."""
     meter, terms = collapse_meter(latents), dict(zip((*TERMS, "loss"), values))
-    rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1)
+    rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
     parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss")
     say(
-        f"step {step:05d}/{cfg.steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
-        f" | rank {meter['effective_rank']:.0f}/{cfg.latent_dim} | eta {(end - step) * seconds / 60:.1f}m"
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
+        f" | rank {meter['effective_rank']:.0f}/{latents.shape[1]} | eta {(end - step) * seconds / 60:.1f}m"
     )
     if meter["std_min"] < 0.05 or meter["effective_rank"] < 0.03 * cfg.latent_dim:
         say(f"  collapsing: smallest std {meter['std_min']:.3f}, rank {meter['effective_rank']:.1f}: raise --variance-weight")
@@ -1332,6 +1296,42 @@ def log_step(run_dir: Path, cfg: Config, step: int, values: list[float], latents
     record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, clips_per_second=rate, **terms, **meter)
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def train(cfg: Config) -> dict:
+    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    check(cfg)
+    device, rank, world = start_device(cfg)
+    say = tqdm.write if rank == 0 else lambda line: None
+    torch.manual_seed(cfg.seed)
+    model = WorldModel(cfg).to(device)
+    optimizer = make_optimizer(model, cfg)
+    run_dir = open_run_dir(cfg) if rank == 0 else Path(cfg.run_dir)
+    start, seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device) if cfg.resume else (0, 0.0)
+    if rank == 0:
+        write_config(run_dir, cfg, device)
+        trim_metrics(run_dir / "metrics.jsonl", start)
+    parameters = sum(p.numel() for p in model.parameters())
+    amp = "bf16 autocast" if use_bf16(device) else "float32: no bf16 here"
+    say(f"{cfg.preset} | {describe(device)} | {amp} | {parameters:,} parameters | {run_dir}")
+    clips = ClipStream(cfg, device, rank, world)
+    seconds, warmup_seconds = fit(cfg, model, optimizer, clips, cfg.steps, start, seconds, run_dir, say)
+    done = min(cfg.steps, cfg.max_steps or cfg.steps)
+    summary = dict(
+        preset=cfg.preset, seed=cfg.seed, steps=done, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
+        parameters=parameters, clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+    )  # fmt: skip
+    if rank == 0 and cfg.cost == "distance" and cfg.distance_steps:
+        begin = time.perf_counter()
+        summary["distance_error_px"] = round(fit_distance(model, cfg, device), 3)
+        took = round(time.perf_counter() - begin, 1)
+        summary |= dict(distance_seconds=took, train_seconds=round(seconds + took, 1))
+        say(f"distance: {cfg.layouts} rooms, {cfg.distance_steps} steps | {took} s | {summary['distance_error_px']:.1f} px off the shortest paths")
+        save_checkpoint(run_dir, cfg, model, optimizer, done, seconds)
+    if rank == 0:
+        summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
 
 
 def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path, batch: Trajectories) -> dict:
@@ -1393,6 +1393,8 @@ def parse(argv: list[str]) -> Config:
 
 def main() -> None:
     code, message = 0, ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked_to_stop.append(number))
     try:
         summary = train(parse(sys.argv[1:]))
         if int(os.environ.get("RANK", 0)) == 0:

@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import image_jepa as ij
 import world_model as wm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+scripts = pytest.mark.parametrize("script", [wm, ij], ids=lambda s: s.SCRIPT)
 
 
 def test_tables_are_those_of_the_results():
@@ -24,27 +30,41 @@ def test_every_command_flag_and_path_exists():
     code = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
     targets = set(re.findall(r"^([a-z_]+):", MAKEFILE, re.M))
     assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(wm.Config)}
+    fields = {f.name.replace("_", "-") for script in (wm, ij) for f in dataclasses.fields(script.Config)}
     flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
     assert flags <= fields | {"nproc_per_node", "help"}, flags - fields
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
 
-def test_presets_and_fields_have_no_dead_names():
-    fields = {f.name for f in dataclasses.fields(wm.Config)}
-    for name, values in wm.PRESETS.items():
+@scripts
+def test_presets_and_fields_have_no_dead_names(script):
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    assert set(script.PRESETS) == {"gpu", "paper", "cpu", "smoke"} and script.MAY_CHANGE_ON_RESUME <= fields
+    for name, values in script.PRESETS.items():
         assert set(values) <= fields, name
-    assert wm.MAY_CHANGE_ON_RESUME <= fields
-    tree = ast.parse((ROOT / "world_model.py").read_text())
+    tree = ast.parse((ROOT / f"{script.SCRIPT}.py").read_text())
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     assert fields <= read, fields - read
 
 
-def test_help_shows_every_field_with_its_meaning():
-    shown = subprocess.run([sys.executable, "world_model.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for field in dataclasses.fields(wm.Config):
+@scripts
+def test_help_shows_every_field_with_its_meaning(script):
+    shown = subprocess.run([sys.executable, f"{script.SCRIPT}.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for field in dataclasses.fields(script.Config):
         assert "--" + field.name.replace("_", "-") in shown, field.name
+
+
+@scripts
+def test_importing_does_nothing(script):
+    code = (
+        "import sys, torch; before = torch.get_rng_state()\n"
+        f"import {script.SCRIPT}\n"
+        "assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
+        "assert not {'torchvision', 'matplotlib', 'scipy', 'wandb'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stdout and not ended.stderr, ended.stderr
 
 
 def test_make_lists_its_targets():

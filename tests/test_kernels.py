@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kernels import gru_rollout_cost, variance_covariance_loss
+from kernels import gru_rollout_cost, sigreg_loss, variance_covariance_loss
 
 
 def definition(z, margin=1.0, eps=1e-4):
@@ -40,6 +40,47 @@ def test_variance_covariance_undefined_input():
     for shape in ((1, 4), (4, 1), (0, 4), (4,), (2, 3, 4)):
         with pytest.raises(ValueError, match="N >= 2"):
             variance_covariance_loss(torch.randn(shape))
+
+
+def unit_columns(D, M, dtype=torch.float64):
+    return torch.nn.functional.normalize(torch.randn(D, M, dtype=dtype), dim=0)
+
+
+@pytest.mark.parametrize("N,D,M", [(1, 1, 1), (5, 3, 7), (31, 16, 4)])
+@pytest.mark.parametrize("t_max,knots", [(3.0, 10), (2.5, 7), (1.0, 2)])
+def test_sigreg_equals_its_definition(N, D, M, t_max, knots):
+    torch.manual_seed(N + knots)
+    z, u = torch.randn(N, D, dtype=torch.float64, requires_grad=True), unit_columns(D, M)
+    t = torch.linspace(-t_max, t_max, knots, dtype=torch.float64)
+    phi = torch.exp(1j * t * (z @ u)[..., None]).mean(0)  # [M, T], the empirical characteristic function
+    wanted = torch.trapezoid(torch.exp(-t.square() / 2) * (phi - torch.exp(-t.square() / 2)).abs().square(), t).mean()
+    ours = sigreg_loss(z, u, t_max, knots)
+    torch.testing.assert_close(ours, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (ours, wanted)))
+
+
+def test_sigreg_is_least_for_a_gaussian():
+    torch.manual_seed(0)
+    u, z = unit_columns(8, 64), torch.randn(4000, 8, dtype=torch.float64)
+    at = {name: sigreg_loss(x, u).item() for name, x in dict(gauss=z, wide=2 * z, off=z + 1, flat=z * (torch.arange(8) > 0), point=0 * z).items()}
+    assert at["gauss"] < 0.002 and all(v > 5 * at["gauss"] for name, v in at.items() if name != "gauss") and at["point"] > at["wide"]
+
+
+def test_sigreg_precision_and_undefined_input():
+    torch.manual_seed(0)
+    z, u = torch.randn(300, 40).bfloat16(), unit_columns(40, 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = sigreg_loss(z, u)
+    assert ours.dtype == torch.float32 and abs(ours - sigreg_loss(z.double(), u.double())) < 1e-6
+    z[5, 5] = torch.nan
+    assert sigreg_loss(z, u).isnan()
+    with pytest.raises(ValueError, match="directions.detach"):
+        sigreg_loss(torch.randn(4, 40), u.requires_grad_())
+    for a, b in (((4, 3), (2, 5)), ((4,), (4, 2)), ((0, 3), (3, 5)), ((4, 3), (3, 0))):
+        with pytest.raises(ValueError, match=r"z \[N, D\]"):
+            sigreg_loss(torch.randn(a), torch.randn(b))
+    with pytest.raises(ValueError, match="knots"):
+        sigreg_loss(torch.randn(4, 3), torch.randn(3, 5), knots=1)
 
 
 def rollout_arguments(E, S, H, D, dtype):

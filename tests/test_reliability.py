@@ -1,4 +1,5 @@
-"""Resume, kills, damaged checkpoints and bad input: what a person sees, and that nothing is lost."""
+"""Resume, kills, damaged checkpoints and bad input, of every script: what a person sees, and that nothing is lost."""
+import inspect
 import json
 import os
 import signal
@@ -10,16 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 
+import image_jepa as ij
 import world_model as wm
-from world_model import preset
 
 ROOT = Path(__file__).parents[1]
-FAST = dict(episodes=0, distance_steps=0, cost="latent", steps=24, log_every=6, checkpoint_every=6)
+EVERY6 = dict(log_every=6, checkpoint_every=6)
+FAST = {  # 24 steps and no evaluation
+    wm: dict(episodes=0, distance_steps=0, cost="latent", steps=24, **EVERY6),
+    ij: dict(evaluate=False, batch_size=32, epochs=24 / 250, warmup_epochs=0.01, **EVERY6),
+}
+ENDLESS = {wm: ["--steps", "4000"], ij: ["--epochs", "40"]}
+scripts = pytest.mark.parametrize("script", [wm, ij], ids=lambda s: s.SCRIPT)
 
 
-def command(*flags, timeout=120, cwd=ROOT):
-    argv = [sys.executable, str(ROOT / "world_model.py"), "--preset", "smoke", *map(str, flags)]
-    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def fast(script, folder, **more):
+    return script.preset("smoke", **{**FAST[script], "run_dir": str(folder), **more})
+
+
+def start(script, *flags, cwd=ROOT):
+    argv = [sys.executable, str(ROOT / f"{script.SCRIPT}.py"), "--preset", "smoke", *map(str, flags)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def checkpoint(folder):
@@ -40,12 +52,25 @@ def assert_same(a, b):
         assert a == b
 
 
-def test_resume_is_exact_bit_for_bit(tmp_path):
+def test_what_the_scripts_have_in_common_reads_the_same():
+    for name in (
+        "seeded", "wide", "gather", "collapse_meter", "stop_if_asked", "synchronize", "use_bf16", "start_device", "open_run_dir", "write_atomically",
+        "save_checkpoint", "load_checkpoint", "from_saved", "restore", "describe", "write_config", "trim_metrics", "main", "UserError", "Interrupted",
+    ):  # fmt: skip
+        assert inspect.getsource(getattr(wm, name)) == inspect.getsource(getattr(ij, name)), name
+    for name in ("compiled", "fit"):  # but for the types of model and batch
+        text = [inspect.getsource(getattr(s, name)).split('"""', 1)[1] for s in (wm, ij)]
+        assert text[0] == text[1], name
+
+
+@scripts
+def test_resume_is_exact_bit_for_bit(script, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    wm.train(preset("smoke", **FAST, run_dir=str(whole)))
+    script.train(fast(script, whole))
     for stop in (7, 17, 0):  # not at a checkpoint, not at a block of data, to the end
-        wm.train(preset("smoke", **FAST, run_dir=str(parts), resume=stop != 7, max_steps=stop))
+        script.train(fast(script, parts, resume=stop != 7, max_steps=stop))
     a, b = checkpoint(whole), checkpoint(parts)
+    assert a["step"] == 24
     for key in ("model", "optimizer", "step", "rng"):
         assert_same(a[key], b[key])
     losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, parts)]
@@ -54,18 +79,17 @@ def test_resume_is_exact_bit_for_bit(tmp_path):
 
 def test_the_distance_is_the_same_when_learnt_again(tmp_path):
     flags = dict(steps=6, log_every=6, checkpoint_every=6, episodes=0, run_dir=str(tmp_path / "run"))
-    wm.train(preset("smoke", **flags))
+    wm.train(wm.preset("smoke", **flags))
     first = checkpoint(tmp_path / "run")["model"]
-    wm.train(preset("smoke", **flags, resume=True))
+    wm.train(wm.preset("smoke", **flags, resume=True))
     assert_same(first, checkpoint(tmp_path / "run")["model"])
 
 
-def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
-    folder = tmp_path / "run"
-    argv = [sys.executable, "world_model.py", "--preset", "smoke", "--steps", "4000", "--checkpoint-every", "5", "--run-dir", str(folder)]
-    reached = 0
+@scripts
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(script, tmp_path):
+    folder, reached = tmp_path / "run", 0
     for n in range(3):
-        run = subprocess.Popen(argv + ["--resume"] * (n > 0), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        run = start(script, *ENDLESS[script], "--checkpoint-every", 5, "--run-dir", folder, *["--resume"] * (n > 0))
         until = time.time() + 60
         while time.time() < until and run.poll() is None:
             if (folder / "checkpoint.pt").exists() and checkpoint(folder)["step"] > reached:
@@ -80,11 +104,11 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
         reached = step
 
 
+@scripts
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_say_so(tmp_path, number):
+def test_signals_save_and_say_so(script, tmp_path, number):
     folder = tmp_path / "run"
-    argv = [sys.executable, "world_model.py", "--preset", "smoke", "--steps", "4000", "--checkpoint-every", "4000", "--run-dir", str(folder)]
-    run = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = start(script, *ENDLESS[script], "--checkpoint-every", 4000, "--run-dir", folder)
     until = time.time() + 60
     while time.time() < until and not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size):
         time.sleep(0.05)
@@ -94,122 +118,158 @@ def test_signals_save_and_say_so(tmp_path, number):
     assert checkpoint(folder)["step"] > 0
 
 
-def test_damaged_and_foreign_checkpoints(tmp_path):
+@scripts
+def test_damaged_and_foreign_checkpoints(script, tmp_path):
     folder = tmp_path / "run"
-    wm.train(preset("smoke", **FAST, run_dir=str(folder), max_steps=12))
+    script.train(fast(script, folder, max_steps=12))
     good = (folder / "checkpoint.pt").read_bytes()
     assert checkpoint(folder)["step"] == 12 and torch.load(folder / "previous.pt", weights_only=True)["step"] == 6
     for tenth in range(10):
         (folder / "checkpoint.pt").write_bytes(good[: len(good) * tenth // 10])
-        with pytest.raises(wm.UserError, match="previous.pt"):
-            wm.load(folder)
-    torch.save(dict(format="nanojepa/image_jepa/1"), folder / "checkpoint.pt")
-    with pytest.raises(wm.UserError, match="not a checkpoint of this script"):
-        wm.load(folder)
+        with pytest.raises(script.UserError, match="previous.pt"):
+            script.load(folder)
+    torch.save(dict(format="nanojepa/another/1"), folder / "checkpoint.pt")
+    with pytest.raises(script.UserError, match="not a checkpoint of this script"):
+        script.load(folder)
 
     class Malice:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "hacked"),))
 
     torch.save(Malice(), folder / "checkpoint.pt")
-    with pytest.raises(wm.UserError, match="damaged"):
-        wm.load(folder)
+    with pytest.raises(script.UserError, match="damaged"):
+        script.load(folder)
     assert not (tmp_path / "hacked").exists()
     (folder / "checkpoint.pt").write_bytes(good)
-    with pytest.raises(wm.UserError, match="latent_dim"):
-        wm.train(preset("smoke", **FAST, run_dir=str(folder), resume=True, latent_dim=48))
+    other = dict(latent_dim=48) if script is wm else dict(width=32)
+    with pytest.raises(script.UserError, match=next(iter(other))):
+        script.train(fast(script, folder, resume=True, **other))
 
 
-BAD = [  # field, value, what the line must say
-    ("batch_size", 1, "variance"), ("batch_size", 0, "batch-size"), ("clip_frames", 8, "rollout"), ("clip_frames", 92, "trajectory"),
-    ("elites", 17, "samples"), ("samples", 1, "samples"), ("smooth", 1.0, "smooth"), ("lr", float("nan"), "lr"), ("lr", 0.0, "lr"),
-    ("variance_weight", -1.0, "variance-weight"), ("temperature", 0.0, "temperature"), ("horizon", 0, "horizon"), ("steps", 0, "steps"),
-    ("rollout", 0, "rollout"), ("latent_dim", 1, "latent-dim"), ("slow_features", 32, "slow-features"), ("channels", (8, 0, 8), "channels"),
-    ("ablate", ("distance",), "cost latent"), ("grad_clip", float("inf"), "grad-clip"), ("join", 0.0, "join"), ("replan_every", 0, "replan"),
-    ("preset", "best", "preset"),
-]  # fmt: skip
+NAN, INF = float("nan"), float("inf")
+BAD = {  # field, value, what the line must say
+    wm: [
+        ("batch_size", 1, "variance"), ("batch_size", 0, "batch-size"), ("clip_frames", 8, "rollout"), ("clip_frames", 92, "trajectory"),
+        ("elites", 17, "samples"), ("samples", 1, "samples"), ("smooth", 1.0, "smooth"), ("lr", NAN, "lr"), ("lr", 0.0, "lr"),
+        ("variance_weight", -1.0, "variance-weight"), ("temperature", 0.0, "temperature"), ("horizon", 0, "horizon"), ("steps", 0, "steps"),
+        ("rollout", 0, "rollout"), ("latent_dim", 1, "latent-dim"), ("slow_features", 32, "slow-features"), ("channels", (8, 0, 8), "channels"),
+        ("ablate", ("distance",), "cost latent"), ("grad_clip", INF, "grad-clip"), ("join", 0.0, "join"), ("replan_every", 0, "replan"),
+        ("name", "best", "preset"),
+    ],
+    ij: [
+        ("batch_size", 1, "variance"), ("views", 1, "second view"), ("crop_scale", (0.0, 1.0), "crop-scale"), ("crop_scale", (0.6, 0.3), "crop-scale"),
+        ("crop_scale", (0.5, 1.5), "crop-scale"), ("crop_scale", (NAN, 1.0), "crop-scale"), ("grey", 1.2, "probabilities"), ("solarise", -0.1, "solarise"),
+        ("jitter", 3.0, "jitter"), ("knots", 1, "knots"), ("warmup_epochs", 3.0, "warmup-epochs"), ("epochs", 0.0, "epochs"), ("lr", INF, "lr"),
+        ("lr", 0.0, "lr"), ("invariance_weight", -1.0, "invariance-weight"), ("width", 0, "width"), ("directions", 0, "directions"),
+        ("crop_size", 0, "crop-size"), ("patch_size", 0, "patch-size"), ("log_every", 0, "log-every"), ("batch_size", 9000, "larger than the data set"),
+        ("data", "nowhere", "neither cifar10 nor shapes"), ("name", "best", "preset"),
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("field,value,said", BAD)
-def test_impossible_values(field, value, said, tmp_path):
-    with pytest.raises(wm.UserError, match=said):
-        wm.train(preset(**{"name": "smoke", "run_dir": str(tmp_path / "run"), **({"name": value} if field == "preset" else {field: value})}))
+@pytest.mark.parametrize("script,field,value,said", [(s, *case) for s in BAD for case in BAD[s]])
+def test_impossible_values(script, field, value, said, tmp_path):
+    with pytest.raises(script.UserError, match=said):
+        script.train(script.preset(**{"name": "smoke", "run_dir": str(tmp_path / "run"), field: value}))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags,said",
-    [
-        (["--stepz", "3"], "stepz"), (["--steps", "many"], "steps"), (["--preset", "best"], "best"), (["--ablate", "everything"], "ablate"),
-        (["--resume", "--run-dir", "nowhere"], "no run"), (["--resume", "--overwrite"], "exclude"), (["--device", "cuda"], "no such device"),
-    ],
-)  # fmt: skip
-def test_bad_flags_give_one_line(flags, said, tmp_path):
+def test_vit_needs_whole_patches():
+    with pytest.raises(ij.UserError, match="patches of 8"):
+        ij.check(ij.preset("paper", backbone="vit_s", crop_size=28))
+
+
+FLAGS = [
+    (["--stepz", "3"], "stepz"), (["--batch-size", "many"], "batch-size"), (["--preset", "best"], "best"),
+    (["--resume", "--run-dir", "nowhere"], "no run"), (["--resume", "--overwrite"], "exclude"), (["--device", "cuda"], "no such device"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script,flags,said", [(s, *case) for s in (wm, ij) for case in FLAGS] + [(wm, ["--ablate", "everything"], "ablate"), (ij, ["--loss", "l2"], "loss")])
+def test_bad_flags_give_one_line(script, flags, said, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    ended = command(*flags, cwd=tmp_path)
-    assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    ended = start(script, *flags, cwd=tmp_path)
+    _, error = ended.communicate(timeout=120)
+    assert ended.returncode == 2 and said in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_run_is_never_written_over(tmp_path):
+@scripts
+def test_a_run_is_never_written_over(script, tmp_path):
     folder = tmp_path / "run"
-    wm.train(preset("smoke", **FAST, run_dir=str(folder), max_steps=6))
+    script.train(fast(script, folder, max_steps=6))
     before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(wm.UserError, match="--overwrite"):
-        wm.train(preset("smoke", **FAST, run_dir=str(folder)))
+    with pytest.raises(script.UserError, match="--overwrite"):
+        script.train(fast(script, folder))
     assert (folder / "checkpoint.pt").read_bytes() == before
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    with pytest.raises(wm.UserError, match="other things"):
-        wm.train(preset("smoke", **FAST, run_dir=str(other), overwrite=True))
+    with pytest.raises(script.UserError, match="other things"):
+        script.train(fast(script, other, overwrite=True))
     assert (other / "thesis.tex").exists()
 
 
-def test_nan_is_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
-    folder, real = tmp_path / "run", wm.update
+@pytest.mark.parametrize("script,part,term", [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe")])
+def test_nan_is_named_and_the_checkpoint_kept(script, part, term, tmp_path, monkeypatch):
+    folder, real, steps = tmp_path / "run", script.update, []
 
-    def poisoned(model, optimizer, cfg, lr):
-        real(model, optimizer, cfg, lr)
-        if optimizer.state[next(iter(model.inverse_dynamics.parameters()))]["step"] == 9:
-            next(iter(model.inverse_dynamics.parameters())).data[0, 0] = torch.nan
+    def poisoned(model, *rest):
+        real(model, *rest)
+        steps.append(1)
+        if len(steps) == 9:
+            next(iter(getattr(model, part).parameters())).data.view(-1)[0] = torch.nan
 
-    monkeypatch.setattr(wm, "update", poisoned)
-    with pytest.raises(wm.UserError, match="step 9 in inverse_dynamics"):
-        wm.train(preset("smoke", **FAST, run_dir=str(folder)))
+    monkeypatch.setattr(script, "update", poisoned)
+    with pytest.raises(script.UserError, match=f"step 9 in {term};"):
+        script.train(fast(script, folder))
     assert checkpoint(folder)["step"] == 6
     assert all(p.isfinite().all() for p in checkpoint(folder)["model"].values())
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    code = """
-import os, sys, torch, torch.distributed as dist, world_model as wm
+GRADIENTS = """
+import os, sys, torch, torch.distributed as dist
+script = __import__(sys.argv[1])
 dist.init_process_group("gloo") if "RANK" in os.environ else None
 rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-cfg = wm.preset("smoke", batch_size=8)
+cfg = script.preset("smoke", batch_size=8, **eval(sys.argv[3]))
 torch.manual_seed(0)
-model = wm.WorldModel(cfg).double()
-batch = wm.ClipStream(cfg, torch.device("cpu"), rank, world)(0)
-batch = wm.Trajectories(batch.position.double(), batch.action.double(), wm.Layout(*(x.double() for x in batch.layout)))
-model.encoder.forward = lambda obs, e=model.encoder: e.norm(e.linear(torch.relu(e.cnn(obs[:, :, ::2, ::2][:, :, :32, :32].double() / 99)).flatten(1)))
-wm.metric = lambda a, b: ((a - b).square().sum(-1) + 1e-6).sqrt()
-wm.losses(model, cfg, batch)[0].backward()
+if script.SCRIPT == "world_model":
+    model = script.WorldModel(cfg).double()
+    batch = script.ClipStream(cfg, torch.device("cpu"), rank, world)(0)
+    batch = script.Trajectories(batch.position.double(), batch.action.double(), script.Layout(*(x.double() for x in batch.layout)))
+else:
+    model = script.Model(cfg, 10).double()
+    whole = script.Batches(cfg, script.shapes(32, 64, 10), model.projections)(0)
+    seen = script.augment(whole.images, whole.views, cfg.crop_size).double().unflatten(0, (cfg.views, 8))
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    script.augment = lambda *_: seen[:, share].flatten(0, 1)  # each process draws its own views; here they must be those of one
+    batch = whole._replace(images=whole.images[share], labels=whole.labels[share])
+total, terms, _ = script.losses(model, cfg, batch)
+total.backward()
 grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 if dist.is_initialized():
     dist.all_reduce(grads)
+    dist.all_reduce(total := total.detach().clone())
 if rank == 0:
-    torch.save(grads, sys.argv[1])
+    torch.save((grads, total.detach(), [b.clone() for b in model.buffers()]), sys.argv[2])
 if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
 """
-    (tmp_path / "grads.py").write_text(code)
+
+
+@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg"))], ids=["world_model", "vicreg", "sigreg"])
+def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
+    (tmp_path / "grads.py").write_text(GRADIENTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, tmp_path / "grads.py", tmp_path / "one.pt"], check=True, env=env)
+    arguments = lambda out: [tmp_path / "grads.py", script.SCRIPT, tmp_path / out, repr(flags)]
+    subprocess.run([sys.executable, *arguments("one.pt")], check=True, env=env)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
-    ended = subprocess.run([*launch, tmp_path / "grads.py", tmp_path / "two.pt"], env=env, capture_output=True, text=True)
+    ended = subprocess.run([*launch, *arguments("two.pt")], env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    # the terms are means taken in float32
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6 * one.abs().max().item())
+    (one, _, buffers), (two, _, buffers2) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10 * one.abs().max().item())
+    for a, b in zip(buffers, buffers2):  # BatchNorm's averages too
+        torch.testing.assert_close(a, b)

@@ -297,7 +297,7 @@ def test_shortest_paths_go_through_the_door():
 
 def test_learning_rate():
     cfg = preset("smoke", steps=100, lr=1.0)
-    assert [wm.learning_rate(cfg, s) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
+    assert [wm.learning_rate(cfg, s, 100) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
 
 
 def test_loss_compiles_to_one_graph_that_is_never_recompiled():

@@ -1,0 +1,1195 @@
+"""Image JEPA: features worth probing, learnt from unlabelled images by agreeing with oneself about two views of each.
+
+    v_1..v_V  = augment(image)                      random crop, colours, grey, solarise, flip
+    z_v = encode(v_v),  p_v = project(z_v)          ResNet or ViT; MLP
+    loss = w_i * mean over pairs |p_v - p_w|^2      invariance: the energy. Alone it is least when all p are equal, so:
+         + w_v * variance(p) + w_c * covariance(p)  --loss vicreg (arXiv 2105.04906), or
+         + w_s * sigreg(p)                          --loss sigreg (arXiv 2511.08544): p isotropic Gaussian; both in kernels/
+
+The projector is thrown away; a linear classifier on z (`linear_accuracy`) says what the features are worth.
+
+    python image_jepa.py                                # CIFAR-10, preset gpu on CUDA, cpu elsewhere
+    python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
+    python image_jepa.py --preset paper --loss sigreg   # the published recipe (arXiv 2602.03604)
+"""
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import sigreg_loss, variance_covariance_loss
+
+SCRIPT = "image_jepa"
+TERMS = ("invariance", "variance", "covariance", "sigreg", "probe")
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+@dataclass
+class Config:
+    """Learn features of unlabelled images and probe them. Defaults are those of the chosen preset."""
+
+    preset: Literal["gpu", "paper", "cpu", "smoke"] = "gpu"  # set of defaults; any flag given beside it wins
+    seed: int = 0  # of weights, batches and views
+    run_dir: str = ""  # folder of this run; empty: the first free runs/image_jepa/<preset>-<n>
+    resume: bool = False  # go on from the checkpoint in the run folder
+    overwrite: bool = False  # empty a run folder that exists
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    compile: bool = True  # torch.compile the loss with its augmentation, forward and backward
+    # data
+    data: str = "cifar10"  # cifar10 (downloaded once), shapes (drawn, no files), or a folder with train/<class>/* and test/<class>/*
+    data_dir: str = "data"  # where downloaded sets lie, in torchvision's layout
+    image_size: int = 32  # images of a folder are resized once to this side, px
+    # views
+    views: int = 2  # of each image a step
+    crop_size: int = 32  # side of a view, px
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # part of the image's area that a view shows
+    jitter: float = 1.0  # strength of the colour jitter; 1 = 0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue
+    grey: float = 0.2  # probability that a view loses its colours
+    solarise: float = 0.1  # probability that a view's bright half is inverted
+    # model
+    backbone: Literal["resnet18", "small", "vit_s", "vit_b"] = "resnet18"  # small: whitened patches, three stages
+    width: int = 64  # channels of the first stage of resnet18 and small
+    patch_size: int = 8  # of the ViTs, px
+    projector_width: int = 2048  # of the projector's two hidden layers; 0 = no projector
+    projector_out: int = 0  # its output features; 0 = 2048 for vicreg, 128 for sigreg
+    # loss
+    loss: Literal["vicreg", "sigreg"] = "vicreg"  # what prevents collapse
+    invariance_weight: float = 1.0  # mean squared difference of two views' projections
+    variance_weight: float = 1.0  # vicreg: hinge on each feature's standard deviation
+    covariance_weight: float = 80.0  # vicreg: squared off-diagonal covariances
+    sigreg_weight: float = 10.0  # sigreg: distance from a Gaussian
+    directions: int = 256  # sigreg: random directions, fresh each step
+    knots: int = 10  # sigreg: points of the integral over [-3, 3]
+    # optimisation
+    optimizer: Literal["lars", "adamw", "muon"] = "lars"
+    epochs: float = 300.0  # passes over the images
+    max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
+    batch_size: int = 256  # images a step, over all processes
+    lr: float = 0.3  # peak learning rate, after warm-up and before cosine decay to 0
+    warmup_epochs: float = 10.0  # linear warm-up
+    weight_decay: float = 1e-4  # none on biases and norms
+    # evaluation and logging
+    evaluate: bool = True  # probe the encoder and draw figures at the end
+    log_every: int = 50  # steps between log lines
+    checkpoint_every: int = 500  # steps between checkpoints
+
+
+PRESETS: dict[str, dict] = {
+    "gpu": {},
+    "paper": {},
+    "cpu": dict(
+        backbone="small", projector_width=512, projector_out=256, views=4, crop_size=20, crop_scale=(0.15, 0.6), batch_size=128,
+        variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=4.5, warmup_epochs=0.3, compile=False,
+    ),
+    "smoke": dict(
+        data="shapes", backbone="small", width=24, projector_width=64, projector_out=64, crop_size=24, crop_scale=(0.4, 1.0), jitter=2.0, grey=0.5,
+        solarise=0.3, batch_size=64, variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=2, warmup_epochs=0.2,
+        log_every=25, checkpoint_every=50, compile=False,
+    ),
+}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "overwrite", "device", "compile", "data_dir", "max_steps", "evaluate", "log_every", "checkpoint_every"}
+
+
+class UserError(Exception):
+    """What a person can mend: printed as one line, without a traceback."""
+
+
+def preset(name: str, **overrides) -> Config:
+    """The configuration of a preset, with fields replaced: `preset("cpu", seed=1)`."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is none of {', '.join(PRESETS)}")
+    return Config(**{"preset": name, **PRESETS[name], **overrides})
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10, per channel, images in [0, 1]
+
+
+class Images(NamedTuple):
+    train: Tensor  # [N, 3, S, S] uint8
+    train_label: Tensor  # [N] int64
+    test: Tensor
+    test_label: Tensor
+    classes: list[str]
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(*(x.to(device) for x in self[:4]), self.classes)
+
+
+def seeded(generator: torch.Generator, *key) -> torch.Generator:
+    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    return generator.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def load_images(cfg: Config) -> Images:
+    """The data set of cfg.data. Raises UserError, saying what to do, if it is not there or not readable."""
+    if cfg.data == "shapes":
+        return shapes(cfg.image_size)
+    if cfg.data == "cifar10":
+        return cifar10(cfg.data_dir)
+    return image_folder(Path(cfg.data), cfg.image_size)
+
+
+def cifar10(root: str) -> Images:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train, test = (CIFAR10(root, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:  # no network, or a damaged file
+        url, what = CIFAR10.url, str(error).splitlines()[0][:100]
+        raise UserError(f"CIFAR-10 is not in {root} and could not be downloaded ({what}); put {url} into {root}/") from None
+    pixels = lambda s: torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels(train), torch.tensor(train.targets), pixels(test), torch.tensor(test.targets), train.classes)
+
+
+def image_folder(root: Path, size: int) -> Images:
+    """<root>/{train,test}/<class>/*, decoded and resized once; kept in one file beside them until a file changes."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not (root / "train").is_dir() or not (root / "test").is_dir():
+        raise UserError(f"--data {root} is neither cifar10 nor shapes nor a folder with train/<class>/* and test/<class>/*")
+    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    files = {}
+    for part in ("train", "test"):
+        for label, name in enumerate(classes):
+            found = sorted(p for p in (root / part / name).glob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise UserError(f"--data {root}: no images in {root / part / name}")
+            files |= {p: (part, label) for p in found}
+    if not classes:
+        raise UserError(f"--data {root}: no class folders in {root / 'train'}")
+    stamp = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    key, cache = hashlib.sha256(repr(stamp).encode()).hexdigest(), root / f"images-{size}.pt"
+    try:
+        kept = torch.load(cache, weights_only=True)
+        if kept["key"] == key:
+            return Images(*(kept[name] for name in Images._fields))
+    except Exception:  # absent, damaged or foreign: made anew
+        pass
+    pixels = [decode(p, size) for p in tqdm(files, desc="reading images", leave=False, disable=not sys.stderr.isatty())]
+    part = lambda name: [n for n, (p, _) in enumerate(files.values()) if p == name]
+    label = torch.tensor([label for _, label in files.values()])
+    tensors = [t for name in ("train", "test") for t in (torch.stack([pixels[n] for n in part(name)]), label[part(name)])]
+    images, buffer = Images(*tensors, classes), io.BytesIO()
+    torch.save(dict(key=key, **images._asdict()), buffer)
+    try:
+        write_atomically(cache, buffer.getvalue())
+    except OSError as error:
+        print(f"the decoded images could not be kept in {cache} ({error.strerror}); they will be read again next time")
+    return images
+
+
+def decode(path: Path, size: int) -> Tensor:
+    """One file -> its central square [3, size, size] uint8; greyscale and transparent images become RGB."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))).permute(2, 0, 1)
+    except Exception as error:  # PIL raises many kinds for a damaged file
+        raise UserError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from None
+
+
+SHAPES = {  # what is solid, at (u, v) in units of the shape's radius
+    "disc": lambda u, v: u * u + v * v < 1,
+    "ring": lambda u, v: ((u * u + v * v).sqrt() - 0.8).abs() < 0.2,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.85,
+    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.7).abs() < 0.18,
+    "triangle": lambda u, v: (v < 0.6) & (v > 1.7 * u.abs() - 1),
+    "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (torch.maximum(u.abs(), v.abs()) < 1),
+    "star": lambda u, v: (u * u + v * v).sqrt() < 0.65 + 0.4 * torch.cos(5 * torch.atan2(u, -v)),
+    "crescent": lambda u, v: (u * u + v * v < 1) & ((u - 0.5).square() + v * v > 0.6),
+    "bars": lambda u, v: (v.abs() > 0.35) & (torch.maximum(u.abs(), v.abs()) < 0.95),
+    "hourglass": lambda u, v: (u.abs() < v.abs()) & (v.abs() < 0.95),
+}
+
+
+def shapes(size: int, train: int = 8000, test: int = 2000) -> Images:
+    """Ten classes of shapes, drawn: random place, scale, small turn, two random colours, striped ground. Always the same."""
+    n, g = train + test, seeded(torch.Generator(), "shapes")
+    rand = lambda low, high, *more: low + (high - low) * torch.rand(n, *more, 1, 1, generator=g)
+    label = torch.randint(0, len(SHAPES), (n,), generator=g)
+    pixel = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+    radius, turn = rand(0.4, 0.8), rand(-0.3, 0.3)
+    x0, y0 = (rand(-1, 1) * (1 - radius) for _ in range(2))
+    u, v = (turn.cos() * (x - x0) + turn.sin() * (y - y0)) / radius, (turn.cos() * (y - y0) - turn.sin() * (x - x0)) / radius
+    solid = torch.empty(n, size, size, dtype=torch.bool)
+    for k, inside in enumerate(SHAPES.values()):
+        solid[label == k] = inside(u[label == k], v[label == k])
+    ground, ink = rand(0, 1, 3), rand(0, 1, 3)
+    ink = torch.where((ink - ground).abs().amax(1, keepdim=True) < 0.4, 1 - ground.round(), ink)  # always to be seen
+    stripes = 0.15 * torch.sin(rand(2, 12) * x + rand(2, 12) * y + rand(0, 6.3))[:, None]
+    picture = torch.where(solid[:, None], ink, ground + stripes) + 0.03 * torch.randn(n, 3, size, size, generator=g)
+    picture = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Images(picture[:train], label[:train], picture[train:], label[train:], list(SHAPES))
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+class Augmentation(NamedTuple):
+    """What is done to each of N views; drawn beforehand, so that applying it is a plain function of tensors."""
+
+    box: Tensor  # [N, 4] top, left, height, width of the crop, whole px
+    flip: Tensor  # [N] bool
+    factor: Tensor  # [N, 4] brightness, contrast and saturation factors, hue shift in turns
+    order: Tensor  # [N, 4] permutation of these four (0..3); as many views have hue (3) first as second, third and last
+    grey: Tensor  # [N] bool
+    solarise: Tensor  # [N] bool
+
+
+def draw_augmentation(cfg: Config, n: int, size: int, g: torch.Generator) -> Augmentation:
+    """Parameters of n views of images of side `size`, by the laws of torchvision's RandomResizedCrop, ColorJitter etc."""
+    rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
+    # the first of ten tries that fits into the image; else all of it
+    area = size**2 * (cfg.crop_scale[0] + (cfg.crop_scale[1] - cfg.crop_scale[0]) * rand(n, 10))
+    ratio = torch.exp(math.log(4 / 3) * (2 * rand(n, 10) - 1))
+    tries = torch.stack(((area / ratio).sqrt().round(), (area * ratio).sqrt().round()), 2).clamp(min=1)  # [n, 10, 2] height, width
+    fits = (tries <= size).all(2)
+    sides = tries.gather(1, fits.int().argmax(1)[:, None, None].expand(-1, 1, 2))[:, 0]
+    sides = torch.where(fits.any(1, keepdim=True), sides, size)
+    corner = (rand(n, 2) * (size - sides + 1)).floor()
+    strength = cfg.jitter * torch.tensor([0.4, 0.4, 0.2, 0.1], device=g.device)
+    factor = strength * (2 * rand(n, 4) - 1) * (rand(n, 1) < 0.8)
+    factor = factor + torch.tensor([1.0, 1.0, 1.0, 0.0], device=g.device)
+    slot = torch.arange(4, device=g.device).repeat_interleave(-(-n // 4))[:n][torch.randperm(n, generator=g, device=g.device)]
+    others = rand(n, 3).argsort(1)
+    order = torch.empty(n, 4, dtype=torch.long, device=g.device)
+    order.scatter_(1, (slot[:, None] + torch.arange(1, 4, device=g.device)) % 4, others).scatter_(1, slot[:, None], 3)
+    return Augmentation(torch.cat((corner, sides), 1), rand(n) < 0.5, factor, order, rand(n) < cfg.grey, rand(n) < cfg.solarise)
+
+
+def resampling(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
+    """Matrices [N, out, size] that resize pixels start..start+length of `size` to `out`: bilinear, antialiased, edges repeated."""
+    scale = length[:, None] / out
+    centre = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale  # [N, out]
+    pixel = torch.arange(size, device=start.device) + 0.5
+    reach = scale.clamp(min=1)[..., None]
+    weight = (1 - (pixel - centre[..., None]).abs() / reach).clamp(min=0)  # a triangle, wider when shrinking
+    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])  # [N, size]
+    weight = weight * inside[:, None]
+    return weight / weight.sum(2, keepdim=True)
+
+
+def luminance(x: Tensor) -> Tensor:
+    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+
+
+def turn_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1], their hue (HSV) turned by shift [N] (1 = once round)."""
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * shift[:, None, None]
+    sixth = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + hue[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+
+
+def augment(images: Tensor, a: Augmentation, out: int) -> Tensor:
+    """Images [B, 3, S, S] uint8 -> V views of each [V B, 3, out, out] in [0, 1], view by view."""
+    N, B, S = len(a.box), len(images), images.shape[-1]
+    top, left, height, width = a.box.unbind(1)
+    rows, columns = resampling(top, height, S, out), resampling(left, width, S, out)
+    columns = torch.where(a.flip[:, None, None], columns.flip(1), columns)
+    x = (images.float() / 255).expand(N // B, -1, -1, -1, -1).reshape(N, 3, S, S)
+    x = (rows[:, None] @ x @ columns.transpose(1, 2)[:, None]).clamp(0, 1)
+    by_slot = (a.order == 3).int().argmax(1).argsort().split(-(-N // 4))  # views whose hue is turned first, second, ...
+    for slot in range(4):
+        kind = a.order[:, slot, None, None, None]
+        factor = torch.where(kind == 3, 1.0, a.factor.gather(1, a.order[:, slot : slot + 1])[..., None, None])
+        grey = luminance(x)
+        other = torch.where(kind == 1, grey.mean((1, 2, 3), keepdim=True), torch.where(kind == 2, grey, 0.0))
+        x = (factor * x + (1 - factor) * other).clamp(0, 1)  # brightness: black, contrast: mean grey, saturation: grey image
+        if slot < len(by_slot):
+            x = x.index_copy(0, by_slot[slot], turn_hue(x[by_slot[slot]], a.factor[by_slot[slot], 3]))
+    x = torch.where(a.grey[:, None, None, None], luminance(x), x)
+    return torch.where(a.solarise[:, None, None, None] & (x >= 0.5), 1 - x, x)
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [B, 3, S, S] uint8
+    labels: Tensor  # [B]; only the online probe sees them
+    views: Augmentation  # of V B views, view by view
+    directions: Tensor  # [P, M] random unit columns; [P, 0] unless the loss is sigreg
+
+
+class Batches:
+    """Images, labels and view parameters as a pure function of (seed, step): nothing to save, exact on resume."""
+
+    def __init__(self, cfg: Config, images: Images, projections: int, rank: int = 0, world: int = 1):
+        self.cfg, self.images, self.projections = cfg, images, projections
+        self.generator, self.epoch = torch.Generator(images.train.device), None
+        self.rank, self.world, self.per_epoch = rank, world, len(images.train) // cfg.batch_size
+
+    def __call__(self, step: int) -> Batch:
+        cfg, g = self.cfg, self.generator
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, seed = epoch, seeded(g, "epoch", cfg.seed, epoch)
+            self.order = torch.randperm(len(self.images.train), generator=seed, device=g.device)
+        share = cfg.batch_size // self.world
+        pick = self.order[index * cfg.batch_size + self.rank * share :][:share]
+        views = draw_augmentation(cfg, cfg.views * share, self.images.train.shape[-1], seeded(g, "views", cfg.seed, step, self.rank))
+        directions = torch.empty(0)
+        if cfg.loss == "sigreg":
+            shape = self.projections, cfg.directions
+            directions = F.normalize(torch.randn(*shape, generator=seeded(g, "directions", cfg.seed, step), device=g.device), dim=0)
+        return Batch(self.images.train[pick], self.images.train_label[pick], views, directions)
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # with a gradient
+
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        n, world = x.numel() // x.shape[1] * dist.get_world_size(), dist.get_world_size()
+        x32 = wide(x)
+        mean = all_reduce(x32.mean(axes)) / world
+        var = all_reduce((x32 - mean.view(shape)).square().mean(axes)) / world
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x32 * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = BatchNorm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = BatchNorm(outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small images: 3x3 stem of stride 1, no max-pooling. [N, 3, H, W] -> [N, 8 width]."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.features = 8 * width
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), BatchNorm(width), nn.ReLU())
+        sizes = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+        blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
+        self.blocks = nn.Sequential(*blocks)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+class SmallNet(nn.Module):
+    """A slim ResNet for CPUs: 4x4 patches of stride 2, then three stages. [N, 3, H, W] -> [N, 8 width]."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.features = 8 * width
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, bias=False), BatchNorm(width), nn.ReLU())
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, width, 1), ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 4 * width, 2),
+            nn.Conv2d(4 * width, 8 * width, 1, bias=False), BatchNorm(8 * width), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), pre-norm, class token. [N, 3, H, W] -> [N, dim]."""
+
+    def __init__(self, dim: int, heads: int, patch: int, size: int, depth: int = 12):
+        super().__init__()
+        self.features = dim
+        self.patches = nn.Conv2d(3, dim, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 1 + (size // patch) ** 2, dim))
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)  # [N, patches, dim]
+        x = torch.cat((self.token.to(x.dtype).expand(len(x), -1, -1), x), 1) + self.position
+        return self.layers(x)[:, 0]
+
+
+class Encoder(nn.Module):
+    """Images [N, 3, H, W], float in [0, 1] -> features [N, F]; normalises by CIFAR-10's statistics."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        if cfg.backbone in ("vit_s", "vit_b"):
+            dim, heads = (384, 6) if cfg.backbone == "vit_s" else (768, 12)
+            self.backbone = ViT(dim, heads, cfg.patch_size, cfg.crop_size)
+        else:
+            self.backbone = (ResNet18 if cfg.backbone == "resnet18" else SmallNet)(cfg.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / self.std
+        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+
+
+class Model(nn.Module):
+    """Encoder, projector, and the online probe, which reads detached features."""
+
+    def __init__(self, cfg: Config, classes: int):
+        super().__init__()
+        self.encoder = Encoder(cfg).to(memory_format=torch.channels_last)
+        features, width = self.encoder.backbone.features, cfg.projector_width
+        self.projector, self.projections = nn.Sequential(), features
+        if width:
+            self.projections = cfg.projector_out or (2048 if cfg.loss == "vicreg" else 128)
+            hidden = [l for a, b in ((features, width), (width, width)) for l in (nn.Linear(a, b), BatchNorm(b), nn.ReLU())]
+            self.projector = nn.Sequential(*hidden, nn.Linear(width, self.projections))
+        self.probe = nn.Linear(features, classes)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: statistics and losses are not for bf16."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gather(z: Tensor) -> Tensor:
+    """Rows of all processes; the gradient is that of the own rows, so that summing it over processes is exact."""
+    if not dist.is_initialized():
+        return z
+    rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[dist.get_rank()] = z
+    return torch.cat(rows)
+
+
+def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS, features [V B, F] and projections [V, B, P];
+    all but the total detached."""
+    V, B, device = cfg.views, len(batch.images), batch.images.device
+    x = augment(batch.images, batch.views, cfg.crop_size)  # [V B, 3, s, s]
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        z = model.encoder(x)  # [V B, F]
+        p = model.projector(z)  # [V B, P]
+        guess = model.probe(z.detach())
+    p = wide(p).view(V, B, -1)
+    invariance = 2 * p.var(0).mean()  # the mean over pairs of views of their mean squared difference
+    variance = covariance = sigreg = torch.zeros_like(invariance)
+    if cfg.loss == "vicreg":
+        pairs = [variance_covariance_loss(gather(view)) for view in p]
+        variance, covariance = (torch.stack(term).mean() for term in zip(*pairs))
+    else:
+        sigreg = torch.stack([sigreg_loss(gather(view), batch.directions, knots=cfg.knots) for view in p]).mean()
+    probe = F.cross_entropy(wide(guess), batch.labels.repeat(V))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    total = (  # the statistics are over all processes' rows, the rest are means over this process's own
+        (cfg.invariance_weight * invariance + probe) / world
+        + cfg.variance_weight * variance + cfg.covariance_weight * covariance + cfg.sigreg_weight * sigreg
+    )  # fmt: skip
+    terms = torch.stack((invariance, variance, covariance, sigreg, probe)).detach()
+    return total, terms, (z.detach(), p.detach())
+
+
+@torch.no_grad()
+def collapse_meter(z: Tensor) -> dict[str, float]:
+    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
+    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    z = z[:2048].float()
+    z = z - z.mean(0)
+    std = z.std(0)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum().clamp(min=1e-12)
+    correlation = (z.T @ z) / (len(z) - 1) / (std[:, None] * std).clamp(min=1e-12)
+    off = correlation.abs().sum() - correlation.diagonal().abs().sum()
+    return dict(
+        effective_rank=torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()).item(),
+        std_min=std.min().item(), std_mean=std.mean().item(),
+        correlation=(off / (z.shape[1] * (z.shape[1] - 1))).item(),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- optimisation
+def learning_rate(cfg: Config, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to zero, over a schedule of `steps`."""
+    warmup = max(1, round(steps * cfg.warmup_epochs / cfg.epochs))
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD with a step length of its own for each matrix, relative to its norm (You et al. 2017, arXiv 1708.03888).
+
+    The ratio eta |w| / |g + decay w| is clipped so that no matrix moves faster than plain SGD would."""
+
+    def __init__(self, groups, lr: float, momentum: float = 0.9, eta: float = 0.02):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            if group["weight_decay"]:  # weights; biases and norms are neither decayed nor scaled
+                norms, speeds = torch._foreach_norm(params), torch._foreach_norm(grads)
+                ratios = [
+                    torch.where((w > 0) & (g > 0), group["eta"] * w / (g + group["weight_decay"] * w + 1e-8) / group["lr"], 1.0).clamp(max=1)
+                    for w, g in zip(norms, speeds)
+                ]  # fmt: skip
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                torch._foreach_mul_(grads, ratios)
+            moving = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(moving, group["momentum"])
+            torch._foreach_add_(moving, grads)
+            torch._foreach_add_(params, moving, alpha=-group["lr"])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]. Vectors take
+    plain momentum steps."""
+
+    def __init__(self, groups, lr: float, momentum: float = 0.9):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                moving = self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
+                step = p.grad + group["momentum"] * moving  # Nesterov
+                if group["matrix"]:
+                    step = orthogonal(step.reshape(len(p), -1)).view_as(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix to [n, m], nearly: five Newton-Schulz steps, times sqrt(max(1, n / m))."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (g / (g.norm() + 1e-7)).bfloat16()  # the iteration forgives rounding
+    x = x.T if len(g) > g.shape[1] else x
+    for _ in range(5):
+        y = x @ x.T
+        x = a * x + (b * y + c * y @ y) @ x
+    return (x.T if len(g) > g.shape[1] else x).to(g.dtype) * max(1, len(g) / g.shape[1]) ** 0.5
+
+
+def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
+    """Weight decay on matrices, none on biases and norms."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim > 1 and n != "encoder.backbone.position"]
+    vectors = [p for n, p in named if p.ndim <= 1 or n == "encoder.backbone.position"]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    if cfg.optimizer == "lars":
+        return LARS(groups, cfg.lr)
+    if cfg.optimizer == "muon":
+        return Muon([{**groups[0], "matrix": True}, {**groups[1], "matrix": False}], cfg.lr)
+    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=next(model.parameters()).device.type != "mps")
+
+
+def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step of the optimiser, gradients summed over processes."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
+            g.copy_(new)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def features(encoder: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
+    """uint8 images [N, 3, S, S] -> features [N, F] in float32, single view, in eval mode."""
+    was, device = encoder.training, images.device
+    encoder.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
+        z = [encoder(x.float() / 255).float() for x in images.split(batch)]
+    encoder.train(was)
+    return torch.cat(z)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    return round(100 * (scores.argmax(1) == labels).float().mean().item(), 2)
+
+
+def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: int) -> dict:
+    """Logistic regression on features [N, F], converged (L-BFGS on the whole set; it is convex). The weight decay is the
+    best of five on 5,000 held-out training images (a tenth, if there are fewer); then all are fitted. -> accuracies in %."""
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+    z, z_test = (z - mean) / std, (z_test - mean) / std
+    mixed = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
+    held, rest = mixed[: min(5000, len(z) // 10)], mixed[min(5000, len(z) // 10) :]
+    weight, bias = (torch.zeros(*s, device=z.device, requires_grad=True) for s in ((classes, z.shape[1]), (classes,)))
+
+    def fit(x, labels, decay):  # from where the last fit ended: decays are tried from the strongest on
+        optimizer = torch.optim.LBFGS((weight, bias), max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(x, weight, bias), labels) + decay / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    tried = {}
+    for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        stop_if_asked()
+        fit(z[rest], y[rest], decay)
+        with torch.no_grad():
+            tried[decay] = accuracy(F.linear(z[held], weight, bias), y[held])
+    best = max(tried, key=tried.get)
+    fit(z, y, best)
+    with torch.no_grad():
+        return dict(linear_accuracy=accuracy(F.linear(z_test, weight, bias), y_test), held_out_accuracy=tried[best], probe_decay=best)
+
+
+@torch.no_grad()
+def knn(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: int, ks=(20, 200)) -> dict[int, float]:
+    """Accuracy in % of the vote of the k nearest by cosine, weighted by exp(similarity / 0.07) (Wu et al. 2018, 1805.01978)."""
+    z, z_test, votes = F.normalize(z, dim=1), F.normalize(z_test, dim=1), {k: [] for k in ks}
+    for part in z_test.split(1000):
+        similar, index = (part @ z.T).topk(min(max(ks), len(z)), 1)
+        vote = F.one_hot(y[index], classes) * (similar / 0.07).exp()[..., None]  # [n, k, classes]
+        for k in ks:
+            votes[k].append(vote[:, :k].sum(1))
+    return {k: accuracy(torch.cat(v), y_test) for k, v in votes.items()}
+
+
+def probe_encoder(encoder: nn.Module, images: Images) -> tuple[dict, Tensor, Tensor]:
+    """-> the offline figures of an encoder, its features of the training and of the test images."""
+    z, z_test = features(encoder, images.train), features(encoder, images.test)
+    arguments = (z, images.train_label, z_test, images.test_label, len(images.classes))
+    near = knn(*arguments)
+    return linear_probe(*arguments) | dict(knn_accuracy=near[200], knn20_accuracy=near[20]), z, z_test
+
+
+def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: Path) -> dict:
+    """Probes of the trained and of the untrained encoder, figures. -> what it adds to the summary."""
+    begin = time.perf_counter()
+    result, z, z_test = probe_encoder(model.encoder, images)
+    with torch.no_grad():
+        result |= dict(online_accuracy=accuracy(model.probe(z_test), images.test_label), **collapse_meter(z_test))
+    untrained, *_ = probe_encoder(build(cfg, images), images)
+    result |= dict(random_encoder_accuracy=untrained["linear_accuracy"], random_encoder_knn_accuracy=untrained["knn_accuracy"])
+    draw_curves(run_dir)
+    draw_views(run_dir / "views.png", cfg, batch)
+    draw_neighbours(run_dir / "neighbours.png", images, z, z_test)
+    draw_map(run_dir / "map.png", images, z_test)
+    return result | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+def figure_of(rows: int, columns: int, width: float, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """curves.png: loss terms, spread of the features, effective rank against the step."""
+    log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = figure_of(1, 3, 15, 3.4)
+    panels = [(TERMS, "loss term", "log"), (("std_mean", "correlation", "projection_std", "agreement"), "std; |correlation|; agreement of views", "linear"),
+              (("effective_rank",), "effective rank", "linear")]  # fmt: skip
+    for axis, (names, label, scale) in zip(axes[0], panels):
+        for name in names:
+            values = [r[name] for r in log]
+            if any(values):
+                axis.plot([r["step"] for r in log], values, label=name, lw=1.5)
+        axis.set(xlabel="optimiser step", ylabel=label, yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(run_dir / "curves.png", dpi=110)
+
+
+def show(axis, image: Tensor, title: str = "", colour: str = "black") -> None:
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=7, pad=2, color=colour)
+
+
+def draw_views(path: Path, cfg: Config, batch: Batch, shown: int = 10) -> None:
+    """What the encoder sees: images, and below each its views."""
+    views = augment(batch.images, batch.views, cfg.crop_size).unflatten(0, (cfg.views, -1))
+    shown = min(shown, len(batch.images))
+    figure, axes = figure_of(1 + cfg.views, shown, shown, 1.15 * (1 + cfg.views))
+    for n in range(shown):
+        show(axes[0, n], batch.images[n], "image" if n == 0 else "")
+        for v in range(cfg.views):
+            show(axes[1 + v, n], views[v, n], f"view {v + 1}" if n == 0 else "")
+    figure.savefig(path, dpi=110)
+
+
+def draw_neighbours(path: Path, images: Images, z: Tensor, z_test: Tensor, rows: int = 8, near: int = 9) -> None:
+    """Some test images and the training images nearest to them in feature space; wrong classes in orange."""
+    some = torch.arange(0, len(z_test), max(1, len(z_test) // rows))[:rows].to(z.device)
+    index = (F.normalize(z_test[some], dim=1) @ F.normalize(z, dim=1).T).topk(near, 1).indices
+    figure, axes = figure_of(len(some), 1 + near, 1 + near, 1.15 * len(some))
+    for row, n in zip(axes, range(len(some))):
+        truth = images.test_label[some[n]]
+        show(row[0], images.test[some[n]], "test: " + images.classes[truth])
+        for axis, i in zip(row[1:], index[n]):
+            show(axis, images.train[i], images.classes[images.train_label[i]], "black" if images.train_label[i] == truth else "#d55e00")
+    figure.savefig(path, dpi=110)
+
+
+def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 300) -> Tensor:
+    """Features [N, F] -> places [N, 2] where near features stay near (van der Maaten & Hinton 2008), exact, N <= 2000."""
+    d = torch.cdist(F.normalize(z, dim=1), F.normalize(z, dim=1)).square().fill_diagonal_(torch.inf)
+    beta, low, high = torch.ones(len(z), 1), torch.zeros(len(z), 1), torch.full((len(z), 1), 1e6)
+    for _ in range(50):  # bisection for the width that gives each point `perplexity` neighbours
+        p = torch.softmax(-beta * d, 1)
+        wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
+        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+        beta = torch.where(high > 1e5, 2 * beta, (low + high) / 2)
+    p = (p + p.T) / (2 * len(z))
+    y = 1e-2 * torch.randn(len(z), 2, generator=torch.Generator().manual_seed(0))
+    moving = torch.zeros_like(y)
+    for step in range(steps):
+        kernel = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)
+        pull = ((12.0 if step < 100 else 1.0) * p - kernel / kernel.sum()) * kernel
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        moving = (0.5 if step < 100 else 0.8) * moving - len(z) / 4 * gradient
+        y = y + moving
+    return y
+
+
+def draw_map(path: Path, images: Images, z_test: Tensor, points: int = 1000) -> None:
+    """t-SNE of test features, one colour and marker a class."""
+    some = torch.arange(0, len(z_test), max(1, len(z_test) // points), device=z_test.device)  # of every class, in a sorted folder too
+    place, label = tsne(z_test[some].cpu()), images.test_label[some].cpu()
+    figure, axes = figure_of(1, 1, 7.5, 6)
+    for k, name in enumerate(images.classes):
+        axes[0, 0].scatter(*place[label == k].T.numpy(), s=12, marker="osD^v"[k // 2 % 5], color=f"C{k % 10}", label=name, alpha=0.75, lw=0)
+    axes[0, 0].set_axis_off()
+    axes[0, 0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------- checkpoint and logging
+FORMAT = f"nanojepa/{SCRIPT}/1"
+asked_to_stop: list[int] = []  # signals received
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; what had to be saved is saved."""
+
+
+def stop_if_asked() -> None:
+    if asked_to_stop:
+        raise Interrupted("stopped; what was trained is in the checkpoint: go on with --resume")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def use_bf16(device: torch.device) -> bool:
+    """bf16 autocast where the hardware has it: CUDA from sm_80, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def start_device(cfg: Config) -> tuple[torch.device, int, int]:
+    """Device, rank and world size; joins the process group when started by torchrun."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {kind}: PyTorch sees no such device here; use --device auto or cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    return device, rank, world
+
+
+def open_run_dir(cfg: Config) -> Path:
+    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume."""
+    base = Path("runs") / SCRIPT
+    numbered = lambda n: base / f"{cfg.preset}-{n}"
+    if cfg.run_dir:
+        path = Path(cfg.run_dir)
+    else:
+        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    used = (path / "config.json").exists() or (path / "checkpoint.pt").exists()
+    if cfg.resume and not used:
+        raise UserError(f"--resume: there is no run in {path}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
+    if path.exists() and any(path.iterdir()) and not cfg.resume:
+        if not used:
+            raise UserError(f"--run-dir {path} holds other things than a run; choose another")
+        if not cfg.overwrite:
+            raise UserError(f"{path} holds a run: add --resume to go on, --overwrite to empty it, or choose --run-dir")
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, train_seconds: float) -> None:
+    """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
+    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
+    state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
+    torch.save(state, buffer)
+    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
+        spare = run_dir / "previous.pt.tmp"
+        spare.unlink(missing_ok=True)
+        os.link(path, spare)
+        os.replace(spare, run_dir / "previous.pt")
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, map_location="cpu") -> dict:
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    previous = path.with_name("previous.pt")
+    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}{offer}") from None
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format", "no format mark") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} is not a checkpoint of this script ({found}, wanted {FORMAT}){offer}")
+    return state
+
+
+def from_saved(config: dict) -> Config:
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+
+
+def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
+    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    state = load_checkpoint(path, device)
+    saved = from_saved(state["config"])
+    for field in dataclasses.fields(Config):
+        was, now = getattr(saved, field.name), getattr(cfg, field.name)
+        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"], state["train_seconds"]
+
+
+def build(cfg: Config, images: Images) -> Encoder:
+    """The encoder as it is before training, in eval mode."""
+    torch.manual_seed(cfg.seed)
+    return Model(cfg, len(images.classes)).encoder.to(images.train.device).eval()
+
+
+def load(path: str | Path, device: str = "cpu") -> Encoder:
+    """The encoder of a checkpoint (file or run folder), in eval mode: `load("runs/image_jepa/cpu-1")(images)`.
+
+    Images [N, 3, H, W], float in [0, 1] -> features [N, F] in float32. Raises UserError for a bad checkpoint."""
+    path = Path(path)
+    state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    encoder = Encoder(from_saved(state["config"]))
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")})
+    return encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def check(cfg: Config, images: int | None = None) -> Config:
+    """Raises UserError for values that cannot work, alone or with so many images."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, value in dataclasses.asdict(cfg).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{flag(name)} must be a finite number, got {value}")
+            if isinstance(number, (int, float)) and number < 0:
+                raise UserError(f"{flag(name)} must not be negative, got {value}")
+    for name in "image_size crop_size width patch_size directions epochs lr log_every checkpoint_every".split():
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
+    low, high = cfg.crop_scale
+    rules = [
+        (cfg.batch_size >= 2, f"--batch-size {cfg.batch_size}: variance needs at least 2 images"),
+        (cfg.views >= 2, f"--views {cfg.views}: there is nothing to predict without a second view"),
+        (0 < low <= high <= 1, f"--crop-scale {low} {high}: two parts of an area, the smaller first, in (0, 1]"),
+        (max(cfg.grey, cfg.solarise) <= 1, "--grey and --solarise are probabilities, at most 1"),
+        (cfg.jitter <= 2.5, f"--jitter {cfg.jitter}: at most 2.5, where a view may turn black"),
+        (cfg.knots >= 2, f"--knots {cfg.knots}: an integral needs at least 2 points"),
+        (cfg.warmup_epochs <= cfg.epochs, f"--warmup-epochs {cfg.warmup_epochs} is longer than --epochs {cfg.epochs}"),
+        (not cfg.backbone.startswith("vit") or cfg.crop_size % cfg.patch_size == 0, f"--crop-size {cfg.crop_size} does not divide into patches of {cfg.patch_size}"),
+        (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
+        (images is None or cfg.batch_size <= images, f"--batch-size {cfg.batch_size} is larger than the data set of {images} images"),
+    ]  # fmt: skip
+    for fine, message in rules:
+        if not fine:
+            raise UserError(message)
+    return cfg
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    facts = dict(config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    sound = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in sound).encode())
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
+    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
+    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+        try:
+            function(model, cfg, batch, amp)[0].backward()
+            break
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    model.load_state_dict(state)  # BatchNorm has counted the warm-up
+    model.zero_grad(set_to_none=True)
+    return function, time.perf_counter() - begin
+
+
+def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
+    compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
+    say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
+    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
+    bad_step = torch.full((), -1, dtype=torch.long, device=device)
+    synchronize(device)
+    clock, logged, terms = time.perf_counter(), start, None
+    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    for step in range(start, end + 1):
+        last, stop = step == end, bool(asked_to_stop)
+        if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
+            values = terms.tolist()  # waits for the device
+            seconds += (took := time.perf_counter() - clock)
+            if (at := bad_step.item()) >= 0:
+                names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
+                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
+            if main and (last or step % cfg.log_every == 0):
+                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+            if main and (last or stop or step % cfg.checkpoint_every == 0):
+                save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
+            logged = step
+            synchronize(device)
+            clock = time.perf_counter()
+        if last or stop:
+            break
+        total, terms, latents = compute(model, cfg, batches(step), amp)
+        total.backward()
+        terms = torch.cat((terms, total.detach()[None]))
+        bad = torch.where(bad_step < 0, terms, bad)
+        bad_step = torch.where((bad_step < 0) & ~terms.isfinite().all(), step, bad_step)
+        update(model, cfg, optimizer, learning_rate(cfg, step, steps))
+        bar.update()
+    bar.close()
+    if stop and not last:
+        raise Interrupted(f"stopped at step {step}; checkpoint saved; go on with --resume --run-dir {run_dir}")
+    return seconds, warmup_seconds
+
+
+def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: tuple, seconds: float, end: int, say) -> None:
+    """One line for people, one object in metrics.jsonl, and a warning when the latents collapse or views do not agree."""
+    z, p = latents
+    meter, terms = collapse_meter(z), dict(zip((*TERMS, "loss"), values))
+    meter["projection_std"] = p.flatten(0, 1).std(0).mean().item()
+    # the part of the projections' variance that is between images, not between views of one
+    meter["agreement"] = 1 - (p.var(0).mean() / p.flatten(0, 1).var(0).mean().clamp(min=1e-12)).item()
+    rate, lr = cfg.views * cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
+    parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss" and v)
+    say(
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} views/s"
+        f" | rank {meter['effective_rank']:.0f}/{z.shape[1]} | agree {meter['agreement']:.2f} | eta {(end - step) * seconds / 60:.1f}m"
+    )
+    spread = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
+    if meter["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * z.shape[1] or meter["correlation"] > 0.5:
+        say(f"  collapsing: projections' std {meter['projection_std']:.3f}, rank {meter['effective_rank']:.1f}: raise {spread}")
+    elif meter["agreement"] < 0.15 and step > steps * cfg.warmup_epochs / cfg.epochs:
+        say(f"  views of one image do not agree ({meter['agreement']:.2f}): raise --invariance-weight or lower {spread}")
+    record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, views_per_second=rate, **terms, **meter)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def train(cfg: Config) -> dict:
+    """Train, probe, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    check(cfg)
+    device, rank, world = start_device(cfg)
+    say = tqdm.write if rank == 0 else lambda line: None
+    images = load_images(cfg).to(device)
+    check(cfg, len(images.train))
+    torch.manual_seed(cfg.seed)
+    model = Model(cfg, len(images.classes)).to(device)
+    optimizer = make_optimizer(model, cfg)
+    run_dir = open_run_dir(cfg) if rank == 0 else Path(cfg.run_dir)
+    start, seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device) if cfg.resume else (0, 0.0)
+    if rank == 0:
+        write_config(run_dir, cfg, device)
+        trim_metrics(run_dir / "metrics.jsonl", start)
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    amp = "bf16 autocast" if use_bf16(device) else "float32: no bf16 here"
+    say(f"{cfg.preset} | {describe(device)} | {amp} | encoder of {parameters:,} parameters | {len(images.train):,} images | {run_dir}")
+    batches = Batches(cfg, images, model.projections, rank, world)
+    steps = round(cfg.epochs * batches.per_epoch)
+    seconds, warmup_seconds = fit(cfg, model, optimizer, batches, steps, start, seconds, run_dir, say)
+    done = min(steps, cfg.max_steps or steps)
+    summary = dict(
+        preset=cfg.preset, seed=cfg.seed, data=cfg.data, loss=cfg.loss, steps=done, epochs=round(done / batches.per_epoch, 3),
+        train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1), parameters=parameters,
+        images_per_second=round(done * cfg.batch_size * cfg.views / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+    )  # fmt: skip
+    if rank == 0 and cfg.evaluate:
+        summary |= evaluate(model, cfg, images, batches(0), run_dir)
+    if rank == 0:
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def report(summary: dict) -> str:
+    """The final table, beside the published figures (arXiv 2602.03604: ResNet-18, 300 epochs)."""
+    s, published = summary, {"vicreg": "90.12", "sigreg": "91.02"}[summary["loss"]]
+    if "linear_accuracy" not in s:
+        return f"{s['steps']} steps in {s['train_seconds']} s"
+    rows = [
+        ("", "here", "published"),
+        ("linear probe, converged (%)", f"{s['linear_accuracy']}", ""),
+        ("linear probe, online (%)", f"{s['online_accuracy']}", published),
+        ("nearest neighbours, k = 20; 200 (%)", f"{s['knn20_accuracy']}; {s['knn_accuracy']}", ""),
+        ("untrained encoder: linear probe; k = 200 (%)", f"{s['random_encoder_accuracy']}; {s['random_encoder_knn_accuracy']}", ""),
+        ("effective rank", f"{s['effective_rank']:.1f}", ""),
+        ("epochs; training (s); views/s", f"{s['epochs']}; {s['train_seconds']}; {s['images_per_second']}", "300; a few hours"),
+    ]
+    return "\n".join(f"{a:<52}{b:<28}{c}" for a, b, c in rows)
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
+    known, _ = first.parse_known_args(argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Config, args=argv, default=preset(known.preset))
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        until = next((n for n, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        raise UserError(" ".join(lines[:until]) + " (see --help)") from None
+
+
+def main() -> None:
+    code, message = 0, ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+    try:
+        summary = train(parse(sys.argv[1:]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(report(summary) + "\n" + json.dumps(summary))
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except OSError as error:
+        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+    except Interrupted as error:
+        code, message = 128 + asked_to_stop[0], str(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""image_jepa.py: data, augmentation, networks, losses, optimisers, probes, and that it learns."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import image_jepa as ij
+from image_jepa import preset
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of six tiny pictures each, of all the kinds that people have."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for n, (mode, size) in enumerate([("RGB", (40, 30)), ("L", (32, 32)), ("RGBA", (20, 20)), ("RGB", (8, 64)), ("P", (33, 31)), ("RGB", (32, 32))]):
+                pixels = rng.integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
+                Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode).save(tmp_path / "set" / part / name / f"{n}.png")
+    return tmp_path / "set"
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+def test_image_folder_reads_every_kind_of_file_and_keeps_the_result(folder, monkeypatch):
+    images = ij.image_folder(folder, 32)
+    assert images.classes == ["cat", "dog"] and images.train.shape == (12, 3, 32, 32) and images.train.dtype == torch.uint8
+    assert images.train_label.tolist() == [0] * 6 + [1] * 6 == images.test_label.tolist()
+    exact = torch.from_numpy(np.array(Image.open(folder / "train/dog/5.png"))).permute(2, 0, 1)
+    assert torch.equal(images.train[11], exact)  # 32 x 32 already: untouched
+    grey = images.train[1]
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+    monkeypatch.setattr(ij, "decode", lambda *_: pytest.fail("read again though nothing changed"))
+    again = ij.image_folder(folder, 32)
+    assert all(torch.equal(a, b) for a, b in zip(images[:4], again[:4])) and again.classes == images.classes
+
+
+def test_image_folder_notices_changes_and_a_damaged_cache(folder):
+    before = ij.image_folder(folder, 32)
+    os.remove(folder / "train/cat/0.png")
+    assert len(ij.image_folder(folder, 32).train) == 11
+    Image.new("RGB", (32, 32), "red").save(folder / "train/cat/1.png")
+    assert ij.image_folder(folder, 32).train[0].float().mean((1, 2)).tolist() == [255, 0, 0]
+    (folder / "images-32.pt").write_bytes(b"half a file")
+    assert torch.equal(ij.image_folder(folder, 32).test, before.test)
+    assert ij.image_folder(folder, 16).train.shape[-1] == 16  # another size, another cache
+
+
+@pytest.mark.parametrize(
+    "damage,said",
+    [
+        (lambda d: (d / "train/cat/3.png").write_bytes(b"no image"), "train/cat/3.png is not a readable image"),
+        (lambda d: (d / "train/cat/3.png").write_bytes((d / "train/cat/0.png").read_bytes()[:100]), "3.png is not a readable image"),
+        (lambda d: shutil.rmtree(d / "test/dog"), "no images in"),
+        (lambda d: [p.unlink() for p in (d / "test/dog").iterdir()], "no images in"),
+        (lambda d: shutil.rmtree(d / "test"), "neither cifar10 nor shapes nor a folder"),
+        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "no class folders"),
+    ],
+)
+def test_bad_folders(folder, damage, said):
+    damage(folder)
+    with pytest.raises(ij.UserError, match=said):
+        ij.image_folder(folder, 32)
+
+
+def test_fewer_images_than_a_batch(folder, tmp_path):
+    with pytest.raises(ij.UserError, match="--batch-size 64 is larger than the data set of 12 images"):
+        ij.train(preset("smoke", data=str(folder), run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cifar10_in_torchvisions_layout_and_without_network(tmp_path, monkeypatch):
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    names = {key: [] for key in ("train_list", "test_list")}
+    for key in names:
+        for n, _ in enumerate(getattr(CIFAR10, key)):
+            content = pickle.dumps(dict(data=rng.integers(0, 256, (4, 3072), dtype=np.uint8), labels=[n, 1, 2, 3]))
+            (base / f"{key}{n}").write_bytes(content)
+            names[key].append([f"{key}{n}", hashlib.md5(content).hexdigest()])
+        monkeypatch.setattr(CIFAR10, key, names[key])
+    meta = pickle.dumps(dict(label_names=list("abcdefghij")))
+    (base / "meta").write_bytes(meta)
+    monkeypatch.setattr(CIFAR10, "meta", dict(filename="meta", key="label_names", md5=hashlib.md5(meta).hexdigest()))
+    images = ij.cifar10(str(tmp_path))
+    raw = pickle.loads((base / "train_list2").read_bytes())["data"]
+    assert images.train.shape == (20, 3, 32, 32) and images.test.shape == (4, 3, 32, 32) and images.train_label[8] == 2
+    assert np.array_equal(images.train[9].numpy(), raw[1].reshape(3, 32, 32))
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+    with pytest.raises(ij.UserError, match="could not be downloaded .* put http"):
+        ij.cifar10(str(tmp_path / "empty"))
+
+
+def test_shapes_are_always_the_same_and_all_there():
+    images = ij.shapes(32, 300, 100)
+    assert torch.equal(images.train, ij.shapes(32, 300, 100).train) and images.train.shape == (300, 3, 32, 32)
+    assert set(images.train_label.tolist()) == set(range(10)) == set(range(len(images.classes)))
+    spread = images.train.float().std((2, 3)).amax(1)
+    assert spread.min() > 8  # something is to be seen in each
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+@pytest.mark.parametrize("size,out,views", [(32, 32, 2), (32, 16, 3), (48, 20, 2)])
+def test_augmentation_equals_torchvision_image_by_image(size, out, views):
+    B = 37
+    cfg = preset("paper", views=views, grey=0.3, solarise=0.3)
+    g = torch.Generator().manual_seed(size + out)
+    images = torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8, generator=g)
+    a = ij.draw_augmentation(cfg, views * B, size, g)
+    ours = ij.augment(images, a, out)
+    assert ours.shape == (views * B, 3, out, out)
+    operators = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for n in range(views * B):
+        x = TF.resized_crop(images[n % B].float() / 255, *map(int, a.box[n]), [out, out], antialias=True).clamp(0, 1)
+        x = TF.horizontal_flip(x) if a.flip[n] else x
+        for k in a.order[n].tolist():
+            x = operators[k](x, a.factor[n, k].item())
+        x = TF.rgb_to_grayscale(x, num_output_channels=3) if a.grey[n] else x
+        x = TF.solarize(x, 0.5) if a.solarise[n] else x
+        off = (ours[n] - x).abs()
+        assert off.median() < 1e-5 and (off > 1e-3).float().mean() < 0.002, n  # a value at the edge of solarising may go either way
+
+
+def test_augmentation_follows_its_laws():
+    n, size = 40000, 32
+    cfg = preset("paper")
+    a = ij.draw_augmentation(cfg, n, size, torch.Generator().manual_seed(0))
+    top, left, height, width = a.box.unbind(1)
+    assert (a.box == a.box.round()).all() and min(top.min(), left.min()) >= 0 and max((top + height).max(), (left + width).max()) <= size
+    share = height * width / size**2
+    assert abs(share.mean() - 0.57) < 0.02 and share.min() > 0.17 and share.max() <= 1  # torchvision's: 0.573 over 40,000 draws
+    ratio = (width / height).log()
+    assert abs(ratio.mean()) < 0.01 and ratio.abs().max() < math.log(4 / 3) + 0.15
+    assert (a.order.sort(1).values == torch.arange(4)).all()
+    ways = (a.order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
+    assert len(ways) == 24 and (ways / n - 1 / 24).abs().max() < 0.005
+    still = (a.factor == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1)
+    assert abs(still.float().mean() - 0.2) < 0.01
+    strength = (a.factor[~still] - torch.tensor([1.0, 1.0, 1.0, 0.0])).abs()
+    assert torch.allclose(strength.amax(0), torch.tensor([0.4, 0.4, 0.2, 0.1]), atol=1e-3)
+    assert torch.allclose(strength.mean(0), torch.tensor([0.2, 0.2, 0.1, 0.05]), atol=5e-3)
+    for drawn, p in ((a.flip, 0.5), (a.grey, 0.2), (a.solarise, 0.1)):
+        assert abs(drawn.float().mean() - p) < 0.01
+
+
+def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
+    images = ij.shapes(16, 100, 10)
+    cfg = preset("smoke", batch_size=20)
+    one, other = ij.Batches(cfg, images, 64), ij.Batches(cfg, images, 64)
+    other(7)
+    for step in (3, 7, 0):
+        for a, b in zip((x for x in one(step) if isinstance(x, torch.Tensor)), (x for x in other(step) if isinstance(x, torch.Tensor))):
+            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(one(step).views, other(step).views))
+    seen = torch.cat([one(s).images for s in range(5)]).flatten(1).unique(dim=0)
+    assert len(seen) == len(images.train.flatten(1).unique(dim=0))
+    assert not torch.equal(one(0).images, one(5).images)  # a new order in the next epoch
+    halves = [ij.Batches(cfg, images, 64, rank, 2)(3) for rank in (0, 1)]
+    assert torch.equal(torch.cat([h.images for h in halves]), one(3).images)
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+def test_resnet18_is_torchvisions_with_the_stem_for_small_images():
+    from torchvision.models import resnet18
+
+    ours, theirs = ij.ResNet18(64).eval(), resnet18()
+    theirs.conv1, theirs.maxpool, theirs.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity(), torch.nn.Identity()
+    assert sum(p.numel() for p in ours.parameters()) == 11_168_832
+    weights = list(ours.state_dict().values())
+    mine = dict(zip(["conv1", "bn1"], (ours.stem[0], ours.stem[1])))
+    for name, module in mine.items():
+        getattr(theirs, name).load_state_dict(module.state_dict())
+    for n, block in enumerate(ours.blocks):
+        target = getattr(theirs, f"layer{n // 2 + 1}")[n % 2]
+        names = dict(conv1="conv1", norm1="bn1", conv2="conv2", norm2="bn2", shortcut="downsample")
+        state = {".".join([names[k.split(".")[0]], *k.split(".")[1:]]): v for k, v in block.state_dict().items()}
+        target.load_state_dict(state)
+    assert len(weights) == len(theirs.state_dict())
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone,features,parameters", [("vit_s", 384, 21_375_360), ("vit_b", 768, 85_218_048), ("resnet18", 512, 11_168_832)])
+def test_backbones_have_their_published_sizes(backbone, features, parameters):
+    with torch.device("meta"):
+        model = ij.Model(preset("paper", backbone=backbone), 10)
+    assert model.encoder.backbone.features == features
+    assert sum(p.numel() for p in model.encoder.parameters()) == parameters
+
+
+def test_vit_sees_every_patch():
+    torch.manual_seed(0)
+    model = ij.ViT(24, 2, 8, 32, depth=2).eval()
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    (model(x) @ torch.randn(24)).sum().backward()  # the plain sum of a LayerNorm's output is constant
+    assert (x.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax((1, 4, 5)) > 0).all()
+
+
+@pytest.mark.parametrize("loss,width,size", [("vicreg", 2048, 2048), ("sigreg", 2048, 128), ("vicreg", 0, 512)])
+def test_projector(loss, width, size):
+    model = ij.Model(preset("paper", loss=loss, projector_width=width), 10)
+    assert model.projections == size and model.projector(torch.randn(4, 512)).shape == (4, size)
+    assert [m.out_features for m in model.projector if isinstance(m, torch.nn.Linear)] == ([2048, 2048, size] if width else [])
+
+
+# ------------------------------------------------------------------------------------------------ loss and optimiser
+def small(**overrides):
+    cfg = preset("smoke", batch_size=16, views=3, **overrides)
+    images = ij.shapes(32, 64, 10)
+    torch.manual_seed(0)
+    model = ij.Model(cfg, 10)
+    return cfg, model, ij.Batches(cfg, images, model.projections)(0)
+
+
+@pytest.mark.parametrize("loss", ["vicreg", "sigreg"])
+def test_the_loss_is_its_formula(loss):
+    cfg, model, batch = small(loss=loss)
+    model.double()
+    total, terms, z = ij.losses(model, cfg, batch._replace(images=batch.images))
+    with torch.no_grad():
+        model.load_state_dict(small(loss=loss)[1].double().state_dict())  # BatchNorm has moved its averages
+        x = ij.augment(batch.images, batch.views, cfg.crop_size)
+        p = model.projector(model.encoder(x)).view(3, 16, -1)
+    pairs = [(p[a] - p[b]).square().mean() for a in range(3) for b in range(a)]
+    invariance, variance, covariance, sigreg, probe = terms
+    torch.testing.assert_close(invariance, torch.stack(pairs).mean().double(), check_dtype=False, rtol=1e-4, atol=1e-6)
+    parts = cfg.invariance_weight * invariance + probe
+    if loss == "vicreg":
+        each = [torch.stack(ij.variance_covariance_loss(view)) for view in p]
+        torch.testing.assert_close(torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6)
+        parts, sigreg_is = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance, 0
+        assert sigreg == 0
+    else:
+        each = [ij.sigreg_loss(view, batch.directions) for view in p]
+        torch.testing.assert_close(sigreg, torch.stack(each).mean(), check_dtype=False, rtol=1e-4, atol=1e-6)
+        parts = parts + cfg.sigreg_weight * sigreg
+        assert batch.directions.norm(dim=0).allclose(torch.ones(cfg.directions)) and variance == covariance == 0
+    torch.testing.assert_close(total, parts, check_dtype=False)
+
+
+def test_the_probe_teaches_the_encoder_nothing():
+    cfg, model, batch = small()
+    with torch.no_grad():
+        model.probe.weight.mul_(100)
+    grads = []
+    for labels in (batch.labels, 9 - batch.labels):
+        total, *_ = ij.losses(model, cfg, batch._replace(labels=labels))
+        grads.append(torch.autograd.grad(total, list(model.encoder.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_lars_against_its_definition():
+    torch.manual_seed(0)
+    w, b = torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(5))
+    optimizer = ij.LARS([dict(params=[w], weight_decay=0.1), dict(params=[b], weight_decay=0.0)], lr=0.3)
+    w0, b0, mw, mb = w.detach().clone(), b.detach().clone(), 0, 0
+    for step in range(4):
+        w.grad, b.grad = torch.randn(5, 3) * 10 ** (step - 2), torch.randn(5)
+        trust = min(0.02 * w0.norm() / (w.grad.norm() + 0.1 * w0.norm()) / 0.3, 1)
+        mw, mb = 0.9 * mw + trust * (w.grad + 0.1 * w0), 0.9 * mb + b.grad
+        optimizer.step()
+        w0, b0 = w0 - 0.3 * mw, b0 - 0.3 * mb
+        torch.testing.assert_close(w.detach(), w0)
+        torch.testing.assert_close(b.detach(), b0)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_muon_steps_are_nearly_orthogonal(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(ij.orthogonal(torch.randn(shape) * 7)) / max(1, shape[0] / shape[1]) ** 0.5
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "muon"])
+def test_weight_decay_spares_biases_and_norms(optimizer):
+    model = ij.Model(preset("smoke", optimizer=optimizer), 10)
+    decayed, spared = (g["params"] for g in ij.make_optimizer(model, preset("smoke", optimizer=optimizer, weight_decay=0.1)).param_groups)
+    assert all(p.ndim > 1 for p in decayed) and all(p.ndim == 1 for p in spared)
+    assert len(decayed) + len(spared) == len([p for p in model.parameters() if p.requires_grad])
+
+
+def test_learning_rate():
+    cfg = preset("paper", lr=1.0, epochs=100, warmup_epochs=10)
+    assert [ij.learning_rate(cfg, s, 1000) for s in (0, 49, 99, 100, 550, 1000)] == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+def test_linear_probe_converges_and_chooses_its_decay():
+    torch.manual_seed(0)
+    centre = 2 * torch.randn(3, 8)
+    y = torch.randint(0, 3, (900,))
+    z = (centre[y] + torch.randn(900, 8)) * torch.logspace(-3, 3, 8)  # scales differ a million times
+    y_test = torch.randint(0, 3, (600,))
+    z_test = (centre[y_test] + torch.randn(600, 8)) * torch.logspace(-3, 3, 8)
+    best = (torch.cdist(z_test / torch.logspace(-3, 3, 8), centre).argmin(1) == y_test).float().mean().item() * 100  # Bayes
+    result = ij.linear_probe(z, y, z_test, y_test, 3)
+    assert abs(result["linear_accuracy"] - best) < 2
+    noise = ij.linear_probe(torch.randn(900, 200), y, torch.randn(600, 200), y_test, 3)
+    assert noise["probe_decay"] >= 1e-2 and noise["linear_accuracy"] < 45  # where there is nothing, the strong decay wins
+
+
+def test_knn_against_counting():
+    torch.manual_seed(0)
+    z, y, z_test, y_test = torch.randn(300, 5), torch.randint(0, 4, (300,)), torch.randn(70, 5), torch.randint(0, 4, (70,))
+    right = {k: 0 for k in (1, 20, 200)}
+    for q, truth in zip(z_test, y_test):
+        similar = F.cosine_similarity(q[None], z)
+        for k in right:
+            votes = [0.0] * 4
+            for i in similar.argsort(descending=True)[:k]:
+                votes[y[i]] += math.exp(similar[i] / 0.07)
+            right[k] += votes.index(max(votes)) == truth.item()
+    assert ij.knn(z, y, z_test, y_test, 4, tuple(right)) == pytest.approx({k: 100 * v / 70 for k, v in right.items()}, abs=0.01)
+
+
+def test_tsne_keeps_clusters_together():
+    torch.manual_seed(0)
+    label = torch.arange(3).repeat_interleave(60)
+    place = ij.tsne(3 * torch.eye(3, 20)[label] + 0.3 * torch.randn(180, 20))
+    near = torch.cdist(place, place).fill_diagonal_(torch.inf).topk(10, largest=False).indices
+    assert (label[near] == label[:, None]).float().mean() > 0.95
+
+
+# ----------------------------------------------------------------------------------------------------- whole commands
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One smoke run of the command, as a person would start it."""
+    path = tmp_path_factory.mktemp("image") / "run"
+    done = subprocess.run([sys.executable, "image_jepa.py", "--preset", "smoke", "--run-dir", str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def test_it_learns(run):
+    path, out = run
+    summary = json.loads(out.splitlines()[-1])
+    assert summary == json.loads((path / "summary.json").read_text())
+    log = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == summary["steps"] and log[-1]["invariance"] < 1
+    assert summary["linear_accuracy"] > summary["random_encoder_accuracy"] + 5  # measured: 31 against 17
+    for name in ("curves", "views", "neighbours", "map"):
+        with Image.open(path / f"{name}.png") as picture:
+            assert np.array(picture.convert("L")).std() > 5, name
+
+
+def test_load_is_the_trained_encoder(run):
+    encoder = ij.load(run[0])
+    images = ij.shapes(32).test[:10].float() / 255
+    z = encoder(images)
+    assert not encoder.training and not z.requires_grad and z.dtype == torch.float32 and torch.equal(z, encoder(images))
+    one = torch.cat([encoder(x[None]) for x in images])
+    torch.testing.assert_close(one, z, rtol=1e-4, atol=1e-4)
+    fresh = ij.build(preset("smoke"), ij.shapes(32))
+    assert (fresh(images) - z).abs().max() > 0.01
