@@ -538,7 +538,7 @@ def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[
 def collapse_meter(z: Tensor) -> dict[str, float]:
     """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
     entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
-    z = z[:2048].float()
+    z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
     z = z - z.mean(0)
     std = z.std(0)
     p = torch.linalg.svdvals(z)

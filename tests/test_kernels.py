@@ -111,6 +111,16 @@ def test_rollout_equals_the_modules(E, S, H, D, objective):
 
 
 @torch.no_grad()
+def test_rollout_under_autocast_is_as_good_as_bf16_can_be():
+    _, _, state, actions, goal, weights = rollout_arguments(2, 30, 8, 64, torch.float32)
+    wanted = gru_rollout_cost(state, actions, goal, *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gru_rollout_cost(state, actions, goal, *weights)
+    assert ours.dtype == torch.float32 and not torch.equal(ours, wanted)  # the products are in bf16, the sums are not
+    torch.testing.assert_close(ours, wanted, rtol=0.01, atol=0)  # measured: 0.3 %
+
+
+@torch.no_grad()
 def test_rollout_leaves_its_arguments_alone_and_checks_the_objective():
     _, _, state, actions, goal, weights = rollout_arguments(2, 3, 4, 8, torch.float32)
     before = [x.clone() for x in (state, actions, goal, *weights)]

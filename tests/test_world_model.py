@@ -462,3 +462,10 @@ def test_importing_does_nothing():
     code = "import torch, world_model; assert torch.initial_seed() == torch.default_generator.initial_seed(); import sys; print('matplotlib' in sys.modules, torch.cuda.is_initialized())"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "False False" and out.stderr == ""
+
+
+def test_published_planner_runs_under_autocast(monkeypatch):
+    monkeypatch.setattr(wm, "use_bf16", lambda device: True)
+    cfg = preset("paper", latent_dim=24, channels=(4, 4, 4), samples=12, elites=3, iterations=2, horizon=6)
+    obs, info = TwoRooms(3, seed=1).reset()
+    assert Agent(WorldModel(cfg), cfg).act(obs, info["goal_obs"], 200).isfinite().all()
