@@ -506,12 +506,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def gather(z: Tensor) -> Tensor:
-    """Rows of all processes; the gradient is that of the own rows, so that summing it over processes is exact."""
+    """Rows of all processes. Gradients are averaged over processes, and each sees its own rows alone: hence times world."""
     if not dist.is_initialized():
         return z
     rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, z.detach().contiguous())
-    rows[dist.get_rank()] = z
+    world = len(rows)
+    rows[dist.get_rank()] = world * z - (world - 1) * z.detach()
     return torch.cat(rows)
 
 
@@ -549,18 +550,14 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
     truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
     probe = (read - (truth - 32) / 16).square().mean()
     distance = step_metric_loss(psi, batch.action) if not off["distance"] else torch.zeros_like(probe)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    local = (
+    total = (
         cfg.prediction_weight * prediction
+        + (not off["variance"]) * cfg.variance_weight * variance
+        + (not off["covariance"]) * cfg.covariance_weight * covariance
         + (not off["similarity"]) * cfg.similarity_weight * similarity
         + (not off["inverse-dynamics"]) * cfg.inverse_weight * inverse
         + probe
         + 0.1 * distance
-    )
-    total = (  # the statistics are over all processes' rows, the rest are means over this process's own
-        local / world
-        + (not off["variance"]) * cfg.variance_weight * variance
-        + (not off["covariance"]) * cfg.covariance_weight * covariance
     )
     terms = torch.stack((prediction, variance, covariance, similarity, inverse, distance, probe)).detach()
     return total, terms, z.detach().flatten(0, 1)
@@ -598,11 +595,11 @@ def make_optimizer(model: WorldModel, cfg: Config) -> torch.optim.Optimizer:
 
 
 def update(model: WorldModel, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One AdamW step; gradients summed over processes, then clipped module by module."""
+    """One AdamW step; gradients averaged over processes, then clipped module by module."""
     if dist.is_initialized():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch._utils._flatten_dense_tensors(grads)
-        dist.all_reduce(flat)
+        dist.all_reduce(flat.div_(dist.get_world_size()))
         for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
             g.copy_(new)
     for module in model.children():
@@ -1032,9 +1029,25 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; what had to be saved is saved."""
 
 
+def note_signal(number: int, _) -> None:
+    """Obeyed at the next safe place; the second one ends the process at once."""
+    asked_to_stop.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 def stop_if_asked() -> None:
     if asked_to_stop:
         raise Interrupted("stopped; what was trained is in the checkpoint: go on with --resume")
+
+
+def stop_wanted(device: torch.device, ask: bool) -> bool:
+    """Whether to stop, the same on every process: they ask each other only when `ask`, for it makes them wait."""
+    if not dist.is_initialized():
+        return bool(asked_to_stop)
+    flag = torch.tensor([float(ask and bool(asked_to_stop))], device=device)
+    if ask:
+        dist.all_reduce(flag)
+    return bool(ask and flag.item())
 
 
 def synchronize(device: torch.device) -> None:
@@ -1064,11 +1077,16 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     return device, rank, world
 
 
 def open_run_dir(cfg: Config) -> Path:
-    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume."""
+    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.broadcast_object_list(told := [None])
+        return told[0]
     base = Path("runs") / SCRIPT
     numbered = lambda n: base / f"{cfg.preset}-{n}"
     if cfg.run_dir:
@@ -1076,7 +1094,8 @@ def open_run_dir(cfg: Config) -> Path:
     else:
         n = next(n for n in range(1, 10**6) if not numbered(n).exists())
         path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
-    used = (path / "config.json").exists() or (path / "checkpoint.pt").exists()
+    config = path / "config.json"
+    used = config.exists() and FORMAT in config.read_text() or (path / "checkpoint.pt").exists()
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
     if path.exists() and not path.is_dir():
@@ -1088,6 +1107,8 @@ def open_run_dir(cfg: Config) -> Path:
             raise UserError(f"{path} holds a run: add --resume to go on, --overwrite to empty it, or choose --run-dir")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.broadcast_object_list([path])
     return path
 
 
@@ -1114,7 +1135,10 @@ def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, tra
     if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
         spare = run_dir / "previous.pt.tmp"
         spare.unlink(missing_ok=True)
-        os.link(path, spare)
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without links
+            shutil.copy2(path, spare)
         os.replace(spare, run_dir / "previous.pt")
     write_atomically(path, buffer.getvalue())
 
@@ -1211,7 +1235,7 @@ def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = dict(python=platform.python_version(), torch=torch.__version__)
-    facts = dict(config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
     write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
 
 
@@ -1241,6 +1265,8 @@ def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: i
     """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
+    if start > end:
+        raise UserError(f"--max-steps {cfg.max_steps} lies before step {start} of the checkpoint")
     compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
     say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
     # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
@@ -1250,14 +1276,20 @@ def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: i
     clock, logged, terms = time.perf_counter(), start, None
     bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
     for step in range(start, end + 1):
-        last, stop = step == end, bool(asked_to_stop)
+        last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)
+        if stop and terms is None:
+            raise Interrupted(f"stopped at step {step}, before anything was learnt that is not saved")
         if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
+            if dist.is_initialized():
+                dist.all_reduce(terms.div_(dist.get_world_size()))
             values = terms.tolist()  # waits for the device
             seconds += (took := time.perf_counter() - clock)
             if (at := bad_step.item()) >= 0:
                 names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
                 kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
                 raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
+            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # the loss was fine, its gradient was not
+                raise UserError(f"NaN or Inf in the weights at step {step}; the last checkpoint, if any, is kept; try a smaller --lr")
             if main and (last or step % cfg.log_every == 0):
                 log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
             if main and (last or stop or step % cfg.checkpoint_every == 0):
@@ -1306,7 +1338,7 @@ def train(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     model = WorldModel(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
-    run_dir = open_run_dir(cfg) if rank == 0 else Path(cfg.run_dir)
+    run_dir = open_run_dir(cfg)
     start, seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device) if cfg.resume else (0, 0.0)
     if rank == 0:
         write_config(run_dir, cfg, device)
@@ -1394,7 +1426,7 @@ def parse(argv: list[str]) -> Config:
 def main() -> None:
     code, message = 0, ""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+        signal.signal(number, note_signal)
     try:
         summary = train(parse(sys.argv[1:]))
         if int(os.environ.get("RANK", 0)) == 0:
@@ -1404,13 +1436,12 @@ def main() -> None:
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
     except Interrupted as error:
-        code, message = 128 + asked_to_stop[0], str(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code, message = 128 + (asked_to_stop or [signal.SIGTERM])[0], str(error)
     if code:
         print(message, file=sys.stderr)
         sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     phi_m(t) = mean_n exp(i t <z_n, u_m>)                     characteristic function of the latents along direction u_m
     loss     = mean_m  integral exp(-t^2/2) |phi_m(t) - exp(-t^2/2)|^2 dt      Epps-Pulley; trapezoid rule over [-t_max, t_max]
 
-Cost: 2 N D M FLOPs for the projections, and two sines a projection. The integrand is even in t, so only t >= 0 is computed.
+Cost: 2 N D M FLOPs for the projections, then a sine and a cosine for each of N M knots / 2 angles. The integrand is even in t, so only t >= 0 is computed.
 """
 import torch
 from torch import Tensor

@@ -199,7 +199,7 @@ def test_resnet18_is_torchvisions_with_the_stem_for_small_images():
     torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone,features,parameters", [("vit_s", 384, 21_375_360), ("vit_b", 768, 85_218_048), ("resnet18", 512, 11_168_832)])
+@pytest.mark.parametrize("backbone,features,parameters", [("vit_s", 384, 21_374_976), ("vit_b", 768, 85_217_280), ("resnet18", 512, 11_168_832)])
 def test_backbones_have_their_published_sizes(backbone, features, parameters):
     with torch.device("meta"):
         model = ij.Model(preset("paper", backbone=backbone), 10)
@@ -213,6 +213,16 @@ def test_vit_sees_every_patch():
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     (model(x) @ torch.randn(24)).sum().backward()  # the plain sum of a LayerNorm's output is constant
     assert (x.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax((1, 4, 5)) > 0).all()
+
+
+def test_vit_takes_images_of_another_size():
+    torch.manual_seed(0)
+    model = ij.ViT(24, 2, 4, 20, depth=2).eval()
+    x = torch.rand(2, 3, 20, 20)
+    large = F.interpolate(x, (40, 40), mode="nearest")
+    assert model(large).shape == (2, 24) and F.cosine_similarity(model(x), model(large)).min() > 0.5
+    first, last = (p.self_attn.in_proj_weight for p in (model.layers.layers[0], model.layers.layers[1]))
+    assert not torch.equal(first, last)
 
 
 @pytest.mark.parametrize("loss,width,size", [("vicreg", 2048, 2048), ("sigreg", 2048, 128), ("vicreg", 0, 512)])
@@ -268,15 +278,17 @@ def test_the_probe_teaches_the_encoder_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_lars_against_its_definition():
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_against_its_definition(decay):
     torch.manual_seed(0)
     w, b = torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(5))
-    optimizer = ij.LARS([dict(params=[w], weight_decay=0.1), dict(params=[b], weight_decay=0.0)], lr=0.3)
+    groups = [dict(params=[w], matrix=True, weight_decay=decay), dict(params=[b], matrix=False, weight_decay=0.0)]
+    optimizer = ij.LARS(groups, lr=0.3)
     w0, b0, mw, mb = w.detach().clone(), b.detach().clone(), 0, 0
     for step in range(4):
         w.grad, b.grad = torch.randn(5, 3) * 10 ** (step - 2), torch.randn(5)
-        trust = min(0.02 * w0.norm() / (w.grad.norm() + 0.1 * w0.norm()) / 0.3, 1)
-        mw, mb = 0.9 * mw + trust * (w.grad + 0.1 * w0), 0.9 * mb + b.grad
+        trust = min(0.02 * w0.norm() / (w.grad.norm() + decay * w0.norm()) / 0.3, 1)
+        mw, mb = 0.9 * mw + trust * (w.grad + decay * w0), 0.9 * mb + b.grad
         optimizer.step()
         w0, b0 = w0 - 0.3 * mw, b0 - 0.3 * mb
         torch.testing.assert_close(w.detach(), w0)

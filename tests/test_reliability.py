@@ -208,7 +208,34 @@ def test_a_run_is_never_written_over(script, tmp_path):
     (other / "thesis.tex").write_text("x")
     with pytest.raises(script.UserError, match="other things"):
         script.train(fast(script, other, overwrite=True))
+    (other / "config.json").write_text("{}")  # of something else
+    with pytest.raises(script.UserError, match="other things"):
+        script.train(fast(script, other, overwrite=True))
     assert (other / "thesis.tex").exists()
+
+
+@scripts
+def test_resume_does_not_go_back(script, tmp_path):
+    script.train(fast(script, tmp_path / "run", max_steps=12))
+    with pytest.raises(script.UserError, match="--max-steps 6 lies before step 12"):
+        script.train(fast(script, tmp_path / "run", resume=True, max_steps=6))
+
+
+@scripts
+def test_a_gradient_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatch):
+    """The loss of a step may be fine and its gradient not: the weights are looked at before they are saved."""
+    real, steps = script.update, []
+
+    def poisoned(model, *rest):
+        steps.append(1)
+        if len(steps) == 12:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.nan)
+        real(model, *rest)
+
+    monkeypatch.setattr(script, "update", poisoned)
+    with pytest.raises(script.UserError, match="in the weights at step 12"):
+        script.train(fast(script, tmp_path / "run"))
+    assert checkpoint(tmp_path / "run")["step"] == 6
 
 
 @pytest.mark.parametrize("script,part,term", [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe")])
@@ -249,11 +276,12 @@ else:
 total, terms, _ = script.losses(model, cfg, batch)
 total.backward()
 grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+total = total.detach()
 if dist.is_initialized():
-    dist.all_reduce(grads)
-    dist.all_reduce(total := total.detach().clone())
+    dist.all_reduce(grads.div_(world))
+    dist.all_reduce(total.div_(world))
 if rank == 0:
-    torch.save((grads, total.detach(), [b.clone() for b in model.buffers()]), sys.argv[2])
+    torch.save((grads, total, [b.clone() for b in model.buffers()]), sys.argv[2])
 if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
@@ -269,7 +297,8 @@ def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
     ended = subprocess.run([*launch, *arguments("two.pt")], env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    (one, _, buffers), (two, _, buffers2) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    (one, loss, buffers), (two, loss2, buffers2) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10 * one.abs().max().item())
+    torch.testing.assert_close(loss, loss2, rtol=1e-10, atol=0)
     for a, b in zip(buffers, buffers2):  # BatchNorm's averages too
         torch.testing.assert_close(a, b)
