@@ -4,7 +4,7 @@ ARGS ?=
 PIP_ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help setup image_jepa world_model ablations results test clean
+.PHONY: help setup image_jepa video_jepa world_model ablations results test clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +19,9 @@ setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
 
 image_jepa: .venv/ready  ## features of unlabelled images, probed; ARGS="--loss sigreg", "--data path/to/folder" and any other flag
 	$(RUN) image_jepa.py $(ARGS)
+
+video_jepa: .venv/ready  ## predict latents of coming frames of moving digits; ARGS="--data glyphs" needs no files
+	$(RUN) video_jepa.py $(ARGS)
 
 world_model: .venv/ready  ## train a world model and plan with it; ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)

@@ -11,6 +11,10 @@ The projector is thrown away; a linear classifier on z (`linear_accuracy`) says 
     python image_jepa.py                                # CIFAR-10, preset gpu on CUDA, cpu elsewhere
     python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
     python image_jepa.py --preset paper --loss sigreg   # the published recipe (arXiv 2602.03604)
+
+Preset cpu: 71-72 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds in results/).
+Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0 % (SIGReg). Ours differs in more and smaller views, a slim
+network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all scripts are nearly the same.
 """
 import argparse
 import contextlib
@@ -167,7 +171,7 @@ def cifar10(root: str) -> Images:
     try:
         train, test = (CIFAR10(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:  # no network, or a damaged file
-        url, what = CIFAR10.url, str(error).splitlines()[0][:100]
+        url, what = CIFAR10.url, " ".join(str(error).split())[:160]
         raise UserError(f"CIFAR-10 is not in {root} and could not be downloaded ({what}); put {url} into {root}/") from None
     pixels = lambda s: torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous()
     return Images(pixels(train), torch.tensor(train.targets), pixels(test), torch.tensor(test.targets), train.classes)
@@ -420,35 +424,23 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for small images: 3x3 stem of stride 1, no max-pooling. [N, 3, H, W] -> [N, 8 width]."""
+class ResNet(nn.Module):
+    """[N, 3, H, W] -> [N, 8 width]: a stem, residual blocks, the mean over places.
 
-    def __init__(self, width: int = 64):
+    resnet18: for small images, so a 3x3 stem of stride 1 and no max-pooling; then four stages of two blocks.
+    small: a slim network for CPUs; 4x4 patches of stride 2, three stages of one block, a 1x1 convolution."""
+
+    def __init__(self, kind: Literal["resnet18", "small"], width: int):
         super().__init__()
-        self.features = 8 * width
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), BatchNorm(width), nn.ReLU())
-        sizes = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+        self.features, full = 8 * width, kind == "resnet18"
+        conv_norm = lambda a, b, size, stride, pad: [nn.Conv2d(a, b, size, stride, pad, bias=False), BatchNorm(b), nn.ReLU()]
+        self.stem = nn.Sequential(*conv_norm(3, width, 3 if full else 4, 1 if full else 2, 1))
+        sizes = [width * k for k in ((1, 1, 1, 2, 2, 4, 4, 8, 8) if full else (1, 1, 2, 4))]
         blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
-        self.blocks = nn.Sequential(*blocks)
-        for m in self.modules():
+        self.blocks = nn.Sequential(*blocks, *([] if full else conv_norm(4 * width, 8 * width, 1, 1, 0)))
+        for m in self.modules() if full else ():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x)).mean((2, 3))
-
-
-class SmallNet(nn.Module):
-    """A slim ResNet for CPUs: 4x4 patches of stride 2, then three stages. [N, 3, H, W] -> [N, 8 width]."""
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.features = 8 * width
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, bias=False), BatchNorm(width), nn.ReLU())
-        self.blocks = nn.Sequential(
-            ResidualBlock(width, width, 1), ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 4 * width, 2),
-            nn.Conv2d(4 * width, 8 * width, 1, bias=False), BatchNorm(8 * width), nn.ReLU(),
-        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
@@ -491,7 +483,7 @@ class Encoder(nn.Module):
             dim, heads = (384, 6) if cfg.backbone == "vit_s" else (768, 12)
             self.backbone = ViT(dim, heads, cfg.patch_size, cfg.crop_size)
         else:
-            self.backbone = (ResNet18 if cfg.backbone == "resnet18" else SmallNet)(cfg.width)
+            self.backbone = ResNet(cfg.backbone, cfg.width)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images - self.mean) / self.std
@@ -783,35 +775,34 @@ def draw_curves(run_dir: Path) -> None:
     figure.savefig(run_dir / "curves.png", dpi=110)
 
 
-def show(axis, image: Tensor, title: str = "", colour: str = "black") -> None:
-    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    axis.set_axis_off()
-    axis.set_title(title, fontsize=7, pad=2, color=colour)
+def draw_sheet(path: Path, rows: list[list[tuple[Tensor, str, str]]]) -> None:
+    """Rows of pictures [3, H, W] with their titles and the titles' colours."""
+    figure, axes = figure_of(len(rows), len(rows[0]), len(rows[0]), 1.15 * len(rows))
+    for axis, (picture, title, colour) in zip(axes.flat, (cell for row in rows for cell in row)):
+        axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        axis.set_title(title, fontsize=7, pad=2, color=colour)
+    figure.savefig(path, dpi=110)
 
 
 def draw_views(path: Path, cfg: Config, batch: Batch, shown: int = 10) -> None:
     """What the encoder sees: images, and below each its views."""
     views = augment(batch.images, batch.views, cfg.crop_size).unflatten(0, (cfg.views, -1))
-    shown = min(shown, len(batch.images))
-    figure, axes = figure_of(1 + cfg.views, shown, shown, 1.15 * (1 + cfg.views))
-    for n in range(shown):
-        show(axes[0, n], batch.images[n], "image" if n == 0 else "")
-        for v in range(cfg.views):
-            show(axes[1 + v, n], views[v, n], f"view {v + 1}" if n == 0 else "")
-    figure.savefig(path, dpi=110)
+    rows = [("image", batch.images), *((f"view {v + 1}", view) for v, view in enumerate(views))]
+    draw_sheet(path, [[(x, name if n == 0 else "", "black") for n, x in enumerate(row[:shown])] for name, row in rows])
 
 
 def draw_neighbours(path: Path, images: Images, z: Tensor, z_test: Tensor, rows: int = 8, near: int = 9) -> None:
     """Some test images and the training images nearest to them in feature space; wrong classes in orange."""
-    some = torch.arange(0, len(z_test), max(1, len(z_test) // rows))[:rows].to(z.device)
-    index = (F.normalize(z_test[some], dim=1) @ F.normalize(z, dim=1).T).topk(near, 1).indices
-    figure, axes = figure_of(len(some), 1 + near, 1 + near, 1.15 * len(some))
-    for row, n in zip(axes, range(len(some))):
-        truth = images.test_label[some[n]]
-        show(row[0], images.test[some[n]], "test: " + images.classes[truth])
-        for axis, i in zip(row[1:], index[n]):
-            show(axis, images.train[i], images.classes[images.train_label[i]], "black" if images.train_label[i] == truth else "#d55e00")
-    figure.savefig(path, dpi=110)
+    some = torch.arange(0, len(z_test), max(1, len(z_test) // rows), device=z.device)[:rows]
+    index = (F.normalize(z_test[some], dim=1) @ F.normalize(z, dim=1).T).topk(min(near, len(z)), 1).indices
+    name = lambda label: images.classes[label]
+    sheet = []
+    for n, neighbours in zip(some, index):
+        truth, found = images.test_label[n], images.train_label[neighbours]
+        colours = ["black" if label == truth else "#d55e00" for label in found]
+        sheet.append([(images.test[n], "test: " + name(truth), "black"), *zip(images.train[neighbours], map(name, found), colours)])
+    draw_sheet(path, sheet)
 
 
 def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 300) -> Tensor:
@@ -871,10 +862,11 @@ def stop_wanted(device: torch.device, ask: bool) -> bool:
     """Whether to stop, the same on every process: they ask each other only when `ask`, for it makes them wait."""
     if not dist.is_initialized():
         return bool(asked_to_stop)
-    flag = torch.tensor([float(ask and bool(asked_to_stop))], device=device)
-    if ask:
-        dist.all_reduce(flag)
-    return bool(ask and flag.item())
+    if not ask:
+        return False
+    flag = torch.tensor([float(bool(asked_to_stop))], device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
 
 
 def synchronize(device: torch.device) -> None:
@@ -922,7 +914,7 @@ def open_run_dir(cfg: Config) -> Path:
         n = next(n for n in range(1, 10**6) if not numbered(n).exists())
         path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
     config = path / "config.json"
-    used = config.exists() and FORMAT in config.read_text() or (path / "checkpoint.pt").exists()
+    used = config.exists() and FORMAT in config.read_text(errors="replace")
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
     if path.exists() and not path.is_dir():
@@ -987,7 +979,10 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 
 def from_saved(config: dict) -> Config:
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    try:
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except TypeError as error:  # fields that have come or gone
+        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
@@ -1154,11 +1149,11 @@ def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[flo
         f" | rank {meter['effective_rank']:.0f}/{z.shape[1]} | agree {meter['agreement']:.2f} | eta {(end - step) * seconds / 60:.1f}m"
     )
     # thresholds: healthy runs on CIFAR-10 show std 0.6-0.9, rank 0.3-0.5 of the features, agreement 0.2-0.5; SIGReg of weight 0.1
-    # falls to std 0.01, VICReg with variance and covariance 100 to agreement below 0.15 (results/LOG.md)
+    # falls to std 0.01, VICReg with variance and covariance 100 to agreement 0.15 (results/LOG.md)
     spread = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
     if meter["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * z.shape[1] or meter["correlation"] > 0.5:
         say(f"  collapsing: projections' std {meter['projection_std']:.3f}, rank {meter['effective_rank']:.1f}: raise {spread}")
-    elif meter["agreement"] < 0.15 and step > steps * cfg.warmup_epochs / cfg.epochs:
+    elif meter["agreement"] < 0.18 and step > steps * cfg.warmup_epochs / cfg.epochs:
         say(f"  views of one image do not agree ({meter['agreement']:.2f}): raise --invariance-weight or lower {spread}")
     record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, views_per_second=rate, **terms, **meter)
     with open(run_dir / "metrics.jsonl", "a") as file:

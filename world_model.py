@@ -133,7 +133,8 @@ class Config:
 PRESETS: dict[str, dict] = {
     "gpu": {},
     "paper": dict(
-        wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, distance_steps=0, predictor="gru", cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
+        wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, distance_steps=0, predictor="gru", cost="latent",
+        samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
         # the reference multiplies costs by 0.005 where a temperature would divide them
         temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
     ),
@@ -143,15 +144,18 @@ PRESETS: dict[str, dict] = {
         compile=False,  # a minute of compiling saves no time on a CPU (encoder: 40 ms eager, 48 ms compiled)
     ),
     "smoke": dict(
-        latent_dim=32, wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, layouts=8, distance_steps=30, channels=(8, 8, 16), encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3,
+        latent_dim=32, wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, channels=(8, 8, 16), encoder="strided",
+        half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3, layouts=8, distance_steps=30,
         samples=16, iterations=2, elites=4, horizon=6, episodes=6, episode_steps=40, log_every=10, checkpoint_every=20,
         compile=False,
     ),
 }  # fmt: skip
-MAY_CHANGE_ON_RESUME = {
-    "run_dir", "resume", "overwrite", "device", "compile", "kernels", "max_steps", "log_every", "checkpoint_every",
-    "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
-    "action_limit", "smooth", "warm_start", "execute", "replan_every", "episodes", "episode_steps", "task_seed",
+PLANNER = {
+    "kernels", "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
+    "action_limit", "smooth", "warm_start", "execute", "replan_every",
+}  # fmt: skip
+MAY_CHANGE_ON_RESUME = PLANNER | {
+    "run_dir", "resume", "overwrite", "device", "compile", "max_steps", "log_every", "checkpoint_every", "episodes", "episode_steps", "task_seed",
 }  # fmt: skip
 
 
@@ -165,7 +169,7 @@ def preset(name: str, planner: str | None = None, **overrides) -> Config:
         raise UserError(f"--preset {name} is none of {', '.join(PRESETS)}")
     values = {"preset": name, **PRESETS[name]}
     if planner == "cem" and name == "paper":  # the published CEM has limits of its own
-        values |= dict(planner="cem", init_std=1.5, action_limit=2.45)
+        values |= dict(planner="cem", init_std=1.5, action_limit=2.45, execute="mean")
     return Config(**values | overrides)
 
 
@@ -193,12 +197,11 @@ class Trajectories(NamedTuple):
     layout: Layout
 
 
-def random_layout(n: int, generator: torch.Generator, fixed_wall: bool = False) -> Layout:
-    """n layouts: wall x in 20..44 and door y in 10..54, or 32 and 18 for the fixed wall."""
+def random_layout(u: Tensor, fixed_wall: bool = False) -> Layout:
+    """Layouts from u [n, 2], uniform in [0, 1): wall x in 20..44 and door y in 10..54, or 32 and 18 for the fixed wall."""
     if fixed_wall:
-        return Layout(*(torch.full((n,), v, device=generator.device) for v in (32.0, 18.0)))
-    draw = lambda low, high: torch.randint(low, high + 1, (n,), generator=generator, device=generator.device).float()
-    return Layout(draw(20, 44), draw(10, 54))
+        return Layout(*(torch.full_like(u[:, 0], v) for v in (32.0, 18.0)))
+    return Layout(20 + (25 * u[:, 0]).floor(), 10 + (45 * u[:, 1]).floor())
 
 
 def obstacles(layout: Layout) -> tuple[Tensor, Tensor]:
@@ -243,9 +246,9 @@ def move(position: Tensor, action: Tensor, boxes: tuple[Tensor, Tensor], noise: 
     return torch.where(blocked, (contact + push).clamp(LOW + KEEP_OFF, HIGH - KEEP_OFF), contact)
 
 
-def random_position(layout: Layout, margin: float, side: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions [N, 2], uniform in the left (side 0) or right (side 1) room [N], at least `margin` px from walls."""
-    u = torch.rand(len(side), 2, generator=generator, device=generator.device)
+def random_position(layout: Layout, margin: float, side: Tensor, u: Tensor) -> Tensor:
+    """Positions [N, 2] from u [N, 2], uniform in [0, 1): in the left (side 0) or right (side 1) room [N], at least `margin`
+    px from walls."""
     low = torch.where(side == 0, LOW, layout.wall_x + WALL_HALF) + margin
     high = torch.where(side == 0, layout.wall_x - WALL_HALF, HIGH) - margin
     return torch.stack((low + u[:, 0] * (high - low), LOW + margin + u[:, 1] * (HIGH - LOW - 2 * margin)), 1)
@@ -256,7 +259,7 @@ def von_mises_table(concentration: float = 5.0, points: int = 4096) -> Tensor:
     """Quantiles of a von Mises angle, for sampling by table look-up (its quantile function has no closed form)."""
     angle = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)
     cdf = torch.exp(concentration * (angle.cos() - 1)).cumsum(0)
-    return angle[torch.searchsorted(cdf / cdf[-1], torch.linspace(0, 1 - 1e-9, points, dtype=torch.float64))].float()
+    return angle[torch.searchsorted(cdf / cdf[-1], (torch.arange(points) + 0.5) / points)].float()
 
 
 def random_actions(n: int, steps: int, heading: Tensor, generator: torch.Generator) -> Tensor:
@@ -275,11 +278,11 @@ def trajectories(n: int, steps: int, generator: torch.Generator, fixed_wall=Fals
     """n training trajectories, `per_layout` neighbours in the same rooms. 35 % pass the door: two walks from within it,
     in opposite directions, the first run backwards in time (a free move is free both ways; a blocked one stays one)."""
     device, k = generator.device, round(0.35 * n)
-    layout = Layout(*(x.repeat_interleave(per_layout) for x in random_layout(n // per_layout, generator, fixed_wall)))
     rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    layout = Layout(*(x.repeat_interleave(per_layout) for x in random_layout(rand(n // per_layout, 2), fixed_wall)))
     # a room is chosen in proportion to its width, so that starts are uniform over the free space
     room = (rand(n) * (HIGH - LOW - 2 * WALL_HALF) > layout.wall_x - WALL_HALF - LOW).float()
-    start, heading = random_position(layout, KEEP_OFF, room, generator), 2 * math.pi * rand(n)
+    start, heading = random_position(layout, KEEP_OFF, room, rand(n, 2)), 2 * math.pi * rand(n)
     cross = torch.randperm(n, generator=generator, device=device)[:k]
     door = torch.stack((layout.wall_x[cross], layout.door_y[cross]), 1)
     start[cross] = door + (2 * rand(k, 2) - 1) * torch.tensor([WALL_HALF, DOOR_HALF - KEEP_OFF], device=device)
@@ -361,20 +364,24 @@ class TwoRooms:
     def __init__(self, batch: int, seed: int = 0, fixed_wall=False, max_steps: int = 200, device="cpu"):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        self.batch, self.seed, self.fixed_wall, self.max_steps = batch, seed, fixed_wall, max_steps
-        self.generator = torch.Generator(device)
-        self.generator.manual_seed(seed)
+        self.batch, self.fixed_wall, self.max_steps, self.device = batch, fixed_wall, max_steps, device
+        self.tasks, self.noise = torch.Generator(), torch.Generator(device)
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        self.tasks.manual_seed(seed)
+        self.noise.manual_seed(seed)
 
     def reset(self, seed: int | None = None) -> tuple[Tensor, dict]:
-        """New layouts and tasks: start and goal in different rooms, at least 2.6 px from walls."""
+        """New layouts and tasks: start and goal in different rooms, at least 2.6 px from walls. The first n tasks of a seed
+        are the same for any batch and device."""
         if seed is not None:
-            self.generator.manual_seed(seed)
-        g = self.generator
-        self.layout = random_layout(self.batch, g, self.fixed_wall)
+            self.seed(seed)
+        u = torch.rand(self.batch, 7, generator=self.tasks).to(self.device)
+        self.layout, room = random_layout(u[:, :2], self.fixed_wall), (u[:, 2] < 0.5).float()
         self.boxes = obstacles(self.layout)
-        room = torch.randint(0, 2, (self.batch,), generator=g, device=g.device)
-        self.position = random_position(self.layout, 2.6, room, g)
-        self.goal = random_position(self.layout, 2.6, 1 - room, g)
+        self.position = random_position(self.layout, 2.6, room, u[:, 3:5])
+        self.goal = random_position(self.layout, 2.6, 1 - room, u[:, 5:])
         self.goal_obs, self.t = render(self.goal[:, None], self.layout)[:, 0], 0
         return self.observe()
 
@@ -387,7 +394,7 @@ class TwoRooms:
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.position.device)
         if actions.shape != (self.batch, 2) or not bool(torch.isfinite(actions).all()):
             raise ValueError(f"actions must be finite, of shape {(self.batch, 2)}; got shape {tuple(actions.shape)}")
-        noise = torch.randn(self.batch, generator=self.generator, device=actions.device)
+        noise = torch.randn(self.batch, generator=self.noise, device=actions.device)
         self.position = move(self.position, actions, self.boxes, noise)
         self.t += 1
         obs, info = self.observe()
@@ -446,17 +453,30 @@ class Encoder(nn.Module):
         return self.norm(self.linear(F.relu(x).flatten(1)))
 
 
+class Head(nn.Module):
+    """MLP whose last layer is in float32: bf16 is too coarse for distances of tens of px."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.body, self.last = mlp(*sizes[:-1]), nn.Linear(*sizes[-2:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.body(x))
+        with torch.autocast(h.device.type, enabled=False):
+            return self.last(wide(h))
+
+
 class Detour(nn.Module):
     """What the way from one latent to another is longer than the straight line, in px."""
 
     def __init__(self, D: int, width: int = 384):
         super().__init__()
         self.here, self.there = nn.Linear(D, width), nn.Linear(D, width)  # apart: one goal serves many states
-        self.head = mlp(width, width, width, 1)
+        self.head = Head(width, width, width, 1)
 
     def forward(self, z: Tensor, goal: Tensor) -> Tensor:
         h = self.head(F.relu(self.here(z) + self.there(goal)))[..., 0]
-        return F.softplus(10 * h.float(), beta=0.2)
+        return F.softplus(10 * h, beta=0.2)  # h of about 1 is 10 px; never negative, nearly linear from 10 px on
 
 
 class WorldModel(nn.Module):
@@ -472,7 +492,7 @@ class WorldModel(nn.Module):
         self.slow = cfg.slow_features
         self.inverse_dynamics = mlp(2 * (D - self.slow), 256, 256, 2)
         self.probe = mlp(D, 512, 4)  # x, y, wall x, door y: (px - 32) / 16
-        self.psi = mlp(D, 256, 256, 64)
+        self.psi = Head(D, 256, 256, 64)
         self.detour = Detour(D)
 
     def encode(self, obs: Tensor) -> Tensor:
@@ -661,7 +681,9 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
         z, goal = paths.z[room, i].float(), paths.z[room, paths.source[room, s]].float()
         length = paths.length[room, s, i].float()
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
-            off = (model.distance(z, goal) - length.nan_to_num()).abs()
+            with torch.no_grad():
+                straight = metric(model.psi(z), model.psi(goal))
+            off = (straight + model.detour(z, goal) - length.nan_to_num()).abs()
         loss = torch.where(length.isnan(), 0.0, off).mean()
         optimizer.zero_grad(set_to_none=True)
         (loss / 8).backward()
@@ -669,7 +691,6 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
             group["lr"] = 1e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / cfg.distance_steps))
         optimizer.step()
         error = error.lerp(loss.detach(), 0.01 if step else 1.0)
-    model.zero_grad(set_to_none=True)  # psi has gathered gradients that nobody wants
     return error.item()
 
 
@@ -936,7 +957,7 @@ def draw_episodes(path: Path, run: Episodes, scale: int = 4, columns: int = 3) -
             pen.line([at(p) for p in run.position[n, : t + 1]], fill=BLUE, width=2)
             for p in run.plans[t][n]:
                 x, y = at(p)
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=RED)
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=RED)
             x, y = at(run.goal[n])
             r = SUCCESS_PX * scale
             pen.ellipse((x - r, y - r, x + r, y + r), outline=ORANGE, width=2)
@@ -997,7 +1018,7 @@ def draw_curves(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
                 axis.plot(x, y, style, label=label, lw=1.5)
             axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7, framealpha=0.6, loc="best")
         figure.savefig(run_dir / name, dpi=110)
 
     log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
@@ -1044,10 +1065,11 @@ def stop_wanted(device: torch.device, ask: bool) -> bool:
     """Whether to stop, the same on every process: they ask each other only when `ask`, for it makes them wait."""
     if not dist.is_initialized():
         return bool(asked_to_stop)
-    flag = torch.tensor([float(ask and bool(asked_to_stop))], device=device)
-    if ask:
-        dist.all_reduce(flag)
-    return bool(ask and flag.item())
+    if not ask:
+        return False
+    flag = torch.tensor([float(bool(asked_to_stop))], device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
 
 
 def synchronize(device: torch.device) -> None:
@@ -1095,7 +1117,7 @@ def open_run_dir(cfg: Config) -> Path:
         n = next(n for n in range(1, 10**6) if not numbered(n).exists())
         path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
     config = path / "config.json"
-    used = config.exists() and FORMAT in config.read_text() or (path / "checkpoint.pt").exists()
+    used = config.exists() and FORMAT in config.read_text(errors="replace")
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
     if path.exists() and not path.is_dir():
@@ -1160,7 +1182,10 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 
 def from_saved(config: dict) -> Config:
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    try:
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except TypeError as error:  # fields that have come or gone
+        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
@@ -1184,9 +1209,9 @@ def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
     """
     path = Path(path)
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    if unknown := set(planner) - MAY_CHANGE_ON_RESUME:
+    if unknown := set(planner) - PLANNER:
         raise TypeError(f"not a planner option: {', '.join(sorted(unknown))}")
-    cfg = check(Config(**state["config"] | planner))
+    cfg = check(dataclasses.replace(from_saved(state["config"]), **planner))
     model = WorldModel(cfg).to(device)
     model.load_state_dict(state["model"])
     return Agent(model, cfg)
@@ -1216,6 +1241,7 @@ def check(cfg: Config) -> Config:
         (cfg.slow_features < cfg.latent_dim, f"--slow-features {cfg.slow_features} leaves none of --latent-dim {cfg.latent_dim} to tell the action"),
         (cfg.smooth < 1, f"--smooth must be below 1, got {cfg.smooth}"),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
+        (cfg.cost != "distance" or cfg.distance_steps, "--cost distance with --distance-steps 0: nothing was learnt to plan with; add --cost latent"),
         (cfg.cost != "distance" or "distance" not in cfg.ablate, "--ablate distance leaves nothing to plan with: add --cost latent"),
     ]  # fmt: skip
     for fine, message in rules:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import image_jepa as ij
+import video_jepa as vj
 import world_model as wm
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-scripts = pytest.mark.parametrize("script", [wm, ij], ids=lambda s: s.SCRIPT)
+scripts = pytest.mark.parametrize("script", [wm, ij, vj], ids=lambda s: s.SCRIPT)
 
 
 def test_tables_are_those_of_the_results():
@@ -30,7 +31,7 @@ def test_every_command_flag_and_path_exists():
     code = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
     targets = set(re.findall(r"^([a-z_]+):", MAKEFILE, re.M))
     assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
-    fields = {f.name.replace("_", "-") for script in (wm, ij) for f in dataclasses.fields(script.Config)}
+    fields = {f.name.replace("_", "-") for script in (wm, ij, vj) for f in dataclasses.fields(script.Config)}
     flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
     assert flags <= fields | {"nproc_per_node", "help"}, flags - fields
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):

@@ -182,7 +182,7 @@ def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
 def test_resnet18_is_torchvisions_with_the_stem_for_small_images():
     from torchvision.models import resnet18
 
-    ours, theirs = ij.ResNet18(64).eval(), resnet18()
+    ours, theirs = ij.ResNet("resnet18", 64).eval(), resnet18()
     theirs.conv1, theirs.maxpool, theirs.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity(), torch.nn.Identity()
     assert sum(p.numel() for p in ours.parameters()) == 11_168_832
     weights = list(ours.state_dict().values())
@@ -383,3 +383,12 @@ def test_load_is_the_trained_encoder(run):
     torch.testing.assert_close(one, z, rtol=1e-4, atol=1e-4)
     fresh = ij.build(preset("smoke"), ij.shapes(32))
     assert (fresh(images) - z).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("weight,flagged", [(0.1, True), (10.0, False)])
+def test_a_collapse_is_flagged(weight, flagged, tmp_path, capsys):
+    """SIGReg of weight 0.1 is a failure of the published table."""
+    ij.train(preset("smoke", loss="sigreg", sigreg_weight=weight, max_steps=100, evaluate=False, run_dir=str(tmp_path / "run")))
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert ("collapsing" in capsys.readouterr().out) == flagged
+    assert (log[-1]["projection_std"] < 0.1) == flagged

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import image_jepa as ij
+import video_jepa as vj
 import world_model as wm
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +20,10 @@ EVERY6 = dict(log_every=6, checkpoint_every=6)
 FAST = {  # 24 steps and no evaluation
     wm: dict(episodes=0, distance_steps=0, cost="latent", steps=24, **EVERY6),
     ij: dict(evaluate=False, batch_size=32, epochs=24 / 250, warmup_epochs=0.01, **EVERY6),
+    vj: dict(evaluate=False, batch_size=4, epochs=1, clips_per_epoch=96, **EVERY6),
 }
-ENDLESS = {wm: ["--steps", "4000"], ij: ["--epochs", "40"]}
-scripts = pytest.mark.parametrize("script", [wm, ij], ids=lambda s: s.SCRIPT)
+ENDLESS = {wm: ["--steps", "4000"], ij: ["--epochs", "40"], vj: ["--epochs", "40"]}
+scripts = pytest.mark.parametrize("script", [wm, ij, vj], ids=lambda s: s.SCRIPT)
 
 
 def fast(script, folder, **more):
@@ -57,10 +59,11 @@ def test_what_the_scripts_have_in_common_reads_the_same():
         "seeded", "wide", "gather", "collapse_meter", "stop_if_asked", "synchronize", "use_bf16", "start_device", "open_run_dir", "write_atomically",
         "save_checkpoint", "load_checkpoint", "from_saved", "restore", "describe", "write_config", "trim_metrics", "main", "UserError", "Interrupted",
     ):  # fmt: skip
-        assert inspect.getsource(getattr(wm, name)) == inspect.getsource(getattr(ij, name)), name
+        assert len({inspect.getsource(getattr(script, name)) for script in FAST}) == 1, name
     for name in ("compiled", "fit"):  # but for the types of model and batch
-        text = [inspect.getsource(getattr(s, name)).split('"""', 1)[1] for s in (wm, ij)]
-        assert text[0] == text[1], name
+        assert len({inspect.getsource(getattr(script, name)).split('"""', 1)[1] for script in FAST}) == 1, name
+    for name in ("BatchNorm", "update"):
+        assert inspect.getsource(getattr(ij, name)) == inspect.getsource(getattr(vj, name)), name
 
 
 @scripts
@@ -141,7 +144,7 @@ def test_damaged_and_foreign_checkpoints(script, tmp_path):
         script.load(folder)
     assert not (tmp_path / "hacked").exists()
     (folder / "checkpoint.pt").write_bytes(good)
-    other = dict(latent_dim=48) if script is wm else dict(width=32)
+    other = dict(width=32) if script is ij else dict(latent_dim=48)
     with pytest.raises(script.UserError, match=next(iter(other))):
         script.train(fast(script, folder, resume=True, **other))
 
@@ -164,6 +167,12 @@ BAD = {  # field, value, what the line must say
         ("crop_size", 0, "crop-size"), ("patch_size", 0, "patch-size"), ("log_every", 0, "log-every"), ("batch_size", 9000, "larger than the data set"),
         ("data", "nowhere", "neither cifar10 nor shapes"), ("name", "best", "preset"),
     ],
+    vj: [
+        ("batch_size", 0, "batch-size"), ("batch_size", 2000, "clips-per-epoch"), ("frames", 3, "frames"), ("rollout", 9, "does not fit in --frames"),
+        ("rollout", 0, "rollout"), ("stride", 3, "stride"), ("levels", 6, "too many for latents"), ("levels", 0, "levels"), ("latent_dim", 0, "latent-dim"),
+        ("lr", NAN, "lr"), ("epochs", 0.0, "epochs"), ("variance_weight", -1.0, "variance-weight"), ("covariance_weight", INF, "covariance-weight"),
+        ("validation_clips", 0, "validation-clips"), ("projector_width", 1, "projector-width"), ("name", "best", "preset"),
+    ],
 }  # fmt: skip
 
 
@@ -185,7 +194,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script,flags,said", [(s, *case) for s in (wm, ij) for case in FLAGS] + [(wm, ["--ablate", "everything"], "ablate"), (ij, ["--loss", "l2"], "loss")])
+@pytest.mark.parametrize("script,flags,said", [(s, *case) for s in FAST for case in FLAGS] + [(wm, ["--ablate", "everything"], "ablate"), (ij, ["--loss", "l2"], "loss"), (vj, ["--data", "cats"], "data")])
 def test_bad_flags_give_one_line(script, flags, said, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -238,7 +247,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(script, tmp_path, monkeypa
     assert checkpoint(tmp_path / "run")["step"] == 6
 
 
-@pytest.mark.parametrize("script,part,term", [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe")])
+@pytest.mark.parametrize("script,part,term", [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe"), (vj, "detector", "detection")])
 def test_nan_is_named_and_the_checkpoint_kept(script, part, term, tmp_path, monkeypatch):
     folder, real, steps = tmp_path / "run", script.update, []
 
@@ -246,7 +255,8 @@ def test_nan_is_named_and_the_checkpoint_kept(script, part, term, tmp_path, monk
         real(model, *rest)
         steps.append(1)
         if len(steps) == 9:
-            next(iter(getattr(model, part).parameters())).data.view(-1)[0] = torch.nan
+            first = next(iter(getattr(model, part).parameters()))
+            first.data[(0,) * first.ndim] = torch.nan
 
     monkeypatch.setattr(script, "update", poisoned)
     with pytest.raises(script.UserError, match=f"step 9 in {term};"):
@@ -266,6 +276,10 @@ if script.SCRIPT == "world_model":
     model = script.WorldModel(cfg).double()
     batch = script.ClipStream(cfg, torch.device("cpu"), rank, world)(0)
     batch = script.Trajectories(batch.position.double(), batch.action.double(), script.Layout(*(x.double() for x in batch.layout)))
+elif script.SCRIPT == "video_jepa":
+    model = script.Model(cfg).double()
+    # the decoder sees an eighth of the clips of each process, so it is left out
+    batch, script.F.binary_cross_entropy_with_logits = script.ClipStream(cfg, torch.device("cpu"), rank, world)(0), lambda a, b, f=script.F.binary_cross_entropy_with_logits: f(a, b) * (a.shape[-1] == 8)
 else:
     model = script.Model(cfg, 10).double()
     whole = script.Batches(cfg, script.shapes(32, 64, 10), model.projections)(0)
@@ -288,7 +302,7 @@ if dist.is_initialized():
 """
 
 
-@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg"))], ids=["world_model", "vicreg", "sigreg"])
+@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch"))], ids=["world_model", "vicreg", "sigreg", "video_jepa"])
 def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
     (tmp_path / "grads.py").write_text(GRADIENTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -39,7 +39,7 @@ def solid(x, y, rooms):
 @pytest.mark.parametrize("rule", ["stays", "contact"])
 def test_no_dot_ever_passes_the_wall(rule):
     n, g = 100_000, generator(1)
-    rooms = wm.random_layout(n, g)
+    rooms = wm.random_layout(torch.rand(n, 2, generator=g))
     p = 4.3 + 55.4 * torch.rand(20 * n, 2, generator=g)
     rooms20 = Layout(*(x.repeat(20) for x in rooms))
     free = ~solid(*p.T, rooms20)
@@ -295,6 +295,53 @@ def test_shortest_paths_go_through_the_door():
     assert len(detours) > 500 and detours.quantile(0.02) > -8  # the door's half-height and the corner that may be cut
 
 
+class Scaled(TruePositions):
+    """The same with latents of the size that networks like."""
+
+    distance = WorldModel.distance
+
+    def encode(self, obs):
+        return (super().encode(obs) - 32) / 16
+
+    def psi(self, z):
+        return 32 + 16 * z[..., :2]
+
+    def predict(self, z, action):  # the wall is soft: half of a step goes through it
+        into = ((z[:, 0] + action[:, 0] / 16) > 0)[:, None]
+        return z + torch.cat((torch.where(into, action / 2, action) / 16, torch.zeros_like(action)), 1)
+
+
+def test_steps_that_fall_short_are_not_taken():
+    model, cfg = Scaled(), preset("smoke", blocked=0.7)
+    z = torch.tensor([[-1.0, 0, 0, 0], [-0.05, 0, 0, 0], [-0.05, 0, 0, 0]])
+    action = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]])  # free; into the wall; along it
+    after, psi = wm.imagine(model, cfg, z, model.psi(z), action)
+    expected = torch.tensor([[-1 + 1 / 16, 0, 0, 0], [-0.05, 0, 0, 0], [-0.05, 1 / 16, 0, 0]])
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(psi, model.psi(expected))
+    pushed, _ = wm.imagine(model, dataclasses.replace(cfg, blocked=0.0), z, model.psi(z), action)
+    assert pushed[1, 0] > -0.05  # without the rule the dot sinks in
+
+
+def test_the_distance_learns_the_way_round_the_wall():
+    cfg, model = preset("smoke", layouts=50, walks=24, distance_steps=400), Scaled()
+    with torch.random.fork_rng():
+        error = wm.fit_distance(model, cfg, CPU, batch=1024)
+    g = generator(77)
+    rand = lambda: torch.rand(400, 2, generator=g)
+    layout = wm.random_layout(rand())
+    side = torch.zeros(400)
+    start, goal = wm.random_position(layout, 1.0, side, rand()), wm.random_position(layout, 1.0, 1 - side, rand())
+    door = torch.stack(layout, 1)
+    way, straight = (start - door).norm(dim=1) + (goal - door).norm(dim=1), (start - goal).norm(dim=1)
+    z, zg = (torch.cat(((x - 32) / 16, (door - 32) / 16), 1) for x in (start, goal))
+    with torch.no_grad():
+        learnt = model.distance(z, zg)
+    assert error < 6 and torch.corrcoef(torch.stack((learnt, way)))[0, 1] > torch.corrcoef(torch.stack((straight, way)))[0, 1]
+    far = way - straight > 15  # where the wall matters
+    assert far.sum() > 50 and (learnt - way)[far].abs().mean() < (straight - way)[far].abs().mean() / 2
+
+
 def test_learning_rate():
     cfg = preset("smoke", steps=100, lr=1.0)
     assert [wm.learning_rate(cfg, s, 100) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
@@ -469,3 +516,26 @@ def test_published_planner_runs_under_autocast(monkeypatch):
     cfg = preset("paper", latent_dim=24, channels=(4, 4, 4), samples=12, elites=3, iterations=2, horizon=6)
     obs, info = TwoRooms(3, seed=1).reset()
     assert Agent(WorldModel(cfg), cfg).act(obs, info["goal_obs"], 200).isfinite().all()
+
+
+def test_tasks_of_a_seed_are_the_same_for_any_batch():
+    (_, few), (_, many) = TwoRooms(20, seed=5).reset(), TwoRooms(300, seed=5).reset()
+    for name in ("position", "goal", "wall_x", "door_y"):
+        assert torch.equal(few[name], many[name][:20])
+
+
+def test_turns_follow_the_von_mises_law():
+    table = wm.von_mises_table()
+    from torch.distributions import VonMises
+
+    torch.manual_seed(0)
+    drawn = VonMises(torch.tensor(0.0), torch.tensor(5.0)).sample((200000,))
+    q = torch.linspace(0.01, 0.99, 50)
+    assert (table.quantile(q) - drawn.quantile(q)).abs().max() < 0.02
+    assert table.abs().max() < 2.9 and abs(table.mean()) < 1e-4  # no about-turn from the ends of the table
+
+
+@pytest.mark.parametrize("flags", [dict(cost="distance"), dict(cost="distance", distance_steps=0)])
+def test_nothing_is_planned_with_a_distance_that_was_not_learnt(flags):
+    with pytest.raises(wm.UserError, match="nothing was learnt to plan with"):
+        wm.check(preset("paper", **flags))

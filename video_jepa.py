@@ -1,0 +1,1021 @@
+"""Video JEPA: see several frames ahead, in latent space.
+
+    z_t = encode(frame_t)                                  a latent map [C, h, w] of each frame
+    y_t = predict(z_{t-2}, z_{t-1})                        the next latent, from the two before it
+    y^k: k steps of it, from all frames of a clip at once
+    loss = mean_k |project(y^k) - project(z)|^2            no stop-gradient; collapse is prevented by
+         + 10 variance(p) + 100 covariance(p)              of the projected latents, over batch, time and place (kernels/)
+
+Two heads read detached latents: one says in which of 8 x 8 cells a digit's centre lies, one paints the frame. How well the
+first does on latents predicted t + 1 steps ahead is the measure: average precision AP_t, t = 0..6, and their mean, mAP.
+
+    python video_jepa.py                                   # digits of MNIST, preset gpu on CUDA, cpu elsewhere
+    python video_jepa.py --data glyphs                     # digits of a font: no files needed
+    python video_jepa.py --preset paper --data moving-mnist    # the published recipe (arXiv 2602.03604) and file
+
+From "checkpoint and logging" on the file is nearly the same as the other scripts.
+"""
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import variance_covariance_loss
+
+SCRIPT = "video_jepa"
+TERMS = ("prediction", "variance", "covariance", "detection", "decoding")
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+@dataclass
+class Config:
+    """Learn to predict the latents of coming frames. The values below are the published ones (preset paper)."""
+
+    preset: Literal["gpu", "paper", "cpu", "smoke"] = "gpu"  # set of defaults; any flag given beside it wins
+    seed: int = 0  # of weights and clips
+    run_dir: str = ""  # folder of this run; empty: the first free runs/video_jepa/<preset>-<n>
+    resume: bool = False  # go on from the checkpoint in the run folder
+    overwrite: bool = False  # empty a run folder that exists
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    compile: bool = True  # torch.compile the loss, forward and backward
+    # data
+    data: Literal["mnist", "moving-mnist", "glyphs"] = "mnist"  # digits of MNIST moved here; the published file; digits of a font
+    data_dir: str = "data"  # where downloaded sets lie, in torchvision's layout
+    frames: int = 10  # of a clip
+    clips_per_epoch: int = 18000  # clips that count as one epoch
+    # model
+    stride: int = 1  # pixels of a frame per place of a latent, along each side: 1, 2 or 4
+    latent_dim: int = 16  # features of a latent at each place
+    encoder_width: int = 32  # channels of the encoder's first stage
+    predictor_width: int = 32  # channels of the U-Net's finest level; they double at each coarser one
+    levels: int = 4  # of the U-Net
+    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each place. BatchNorm mixes clips and frames
+    residual: bool = False  # predict what is added to the last latent
+    projector_width: int = 64  # hidden and output features of the projector
+    # loss
+    rollout: int = 4  # steps predicted in training (K)
+    context: Literal["rounds", "pairs"] = "rounds"  # what step k starts from: step k - 1 at every frame; two true frames k steps back
+    prediction_weight: float = 1.0  # squared error of the projected predictions
+    variance_weight: float = 10.0  # hinge on each feature's standard deviation
+    covariance_weight: float = 100.0  # squared off-diagonal covariances
+    # optimisation
+    epochs: float = 50.0
+    max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
+    batch_size: int = 64  # clips a step, over all processes
+    lr: float = 1e-3  # Adam's
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: warm-up over the first twentieth, then down to 0
+    # evaluation and logging
+    evaluate: bool = True  # measure AP and draw figures at the end
+    validation_clips: int = 2000  # clips of unseen digits
+    log_every: int = 50  # steps between log lines
+    checkpoint_every: int = 500  # steps between checkpoints
+
+
+PRESETS: dict[str, dict] = {
+    "gpu": dict(  # what won on a CPU, larger; not tuned on a GPU yet
+        stride=4, latent_dim=32, predictor_width=64, levels=3, norm="layer", residual=True, context="pairs", epochs=20, lr=2e-3, schedule="cosine",
+    ),
+    "paper": {},  # the defaults above
+    "cpu": dict(
+        stride=4, latent_dim=32, encoder_width=16, predictor_width=32, levels=3, norm="layer", residual=True, context="pairs", epochs=1.6, batch_size=32,
+        lr=2e-3, schedule="cosine", compile=False,
+    ),
+    "smoke": dict(
+        data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer", residual=True, context="pairs", projector_width=16,
+        epochs=1, clips_per_epoch=1600, batch_size=8, lr=5e-3, schedule="cosine", validation_clips=200, log_every=50, checkpoint_every=40,
+        compile=False,
+    ),
+}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {
+    "run_dir", "resume", "overwrite", "device", "compile", "data_dir", "max_steps", "evaluate", "validation_clips", "log_every", "checkpoint_every",
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """What a person can mend: printed as one line, without a traceback."""
+
+
+def preset(name: str, **overrides) -> Config:
+    """The configuration of a preset, with fields replaced: `preset("cpu", seed=1)`."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is none of {', '.join(PRESETS)}")
+    return Config(**{"preset": name, **PRESETS[name], **overrides})
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+SIZE, DIGIT, SPEED, CELLS = 64, 28, 3.6, 8  # sides of frame and digit, px; px a frame; the detection map is 8 x 8
+
+
+class Clips(NamedTuple):
+    frames: Tensor  # [B, T, 64, 64] uint8
+    occupied: Tensor  # [B, T, 8, 8] bool: a digit's centre lies in the cell
+    centres: Tensor  # [B, T, 2, 2] px (x, y) of the two digits; NaN where unknown
+
+
+def seeded(generator: torch.Generator, *key) -> torch.Generator:
+    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    return generator.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def paths(n: int, frames: int, g: torch.Generator) -> Tensor:
+    """Upper left corners [n, frames, 2] (x, y) of digits, in px: straight lines at 3.6 px a frame, elastic bounces.
+
+    Srivastava et al. 2015 (arXiv 1502.04681). A bounce folds the line back, so that a path is a triangle wave of time."""
+    u = torch.rand(n, 3, generator=g, device=g.device)
+    room, angle = SIZE - DIGIT, 2 * math.pi * u[:, 2]
+    velocity = SPEED * torch.stack((angle.cos(), angle.sin()), 1)
+    unfolded = room * u[:, None, :2] + velocity[:, None] * torch.arange(frames, device=g.device)[:, None]
+    phase = unfolded % (2 * room)
+    return torch.minimum(phase, 2 * room - phase)
+
+
+def occupancy(centres: Tensor) -> Tensor:
+    """Centres [..., K, 2] in px, NaN = none -> which of 8 x 8 cells (rows are y) hold one [..., 8, 8]."""
+    cell = (centres / (SIZE / CELLS)).nan_to_num(-1).floor().long()
+    index = torch.arange(CELLS, device=centres.device)
+    x, y = (cell[..., axis, None] == index for axis in (0, 1))  # [..., K, 8]
+    return (y[..., :, None] & x[..., None, :]).any(-3)
+
+
+def move_digits(digits: Tensor, n: int, frames: int, g: torch.Generator) -> Clips:
+    """n clips of two of the digits [D, 28, 28] uint8 each, brighter over darker, on black."""
+    corner = paths(2 * n, frames, g).view(n, 2, frames, 2).transpose(1, 2)  # [n, T, 2, 2]
+    pick = torch.randint(0, len(digits), (n, 2), generator=g, device=g.device)
+    at = corner.round().long()
+    place = torch.arange(DIGIT, device=g.device)
+    index = (at[..., 1, None] + place)[..., None] * SIZE + (at[..., 0, None] + place)[..., None, :]  # [n, T, 2, 28, 28]
+    layers = torch.zeros(n, frames, 2, SIZE * SIZE, dtype=torch.uint8, device=g.device)
+    layers.scatter_(3, index.flatten(3), digits[pick].flatten(2)[:, None].expand(-1, frames, -1, -1))
+    centres = at + DIGIT / 2
+    return Clips(layers.amax(2).view(n, frames, SIZE, SIZE), occupancy(centres), centres)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def mnist(root: str) -> tuple[Tensor, Tensor]:
+    """Digits [N, 28, 28] uint8 to train and to validate on: MNIST's two sets, which share no digit."""
+    from torchvision.datasets import MNIST
+
+    try:
+        return tuple(MNIST(root, train=part, download=True).data for part in (True, False))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"MNIST is not in {root} and could not be downloaded ({one_line(error)}); put its files into {root}/MNIST/raw") from None
+
+
+def glyphs(n: int = 2000) -> tuple[Tensor, Tensor]:
+    """Digits of Pillow's own font, each warped in its own way: n to train and n / 4 to validate on. Always the same."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng, font, drawn = np.random.default_rng(0), ImageFont.load_default(24), []
+    for k in range(n + n // 4):
+        picture = Image.new("L", (DIGIT, DIGIT))
+        ImageDraw.Draw(picture).text((DIGIT / 2, DIGIT / 2), str(k % 10), 255, font, anchor="mm", stroke_width=int(rng.integers(0, 2)))
+        angle, scale, shear = rng.uniform(-0.3, 0.3), rng.uniform(0.9, 1.2), rng.uniform(-0.2, 0.2)
+        warp = scale * np.array([[np.cos(angle), -np.sin(angle) + shear], [np.sin(angle), np.cos(angle)]])
+        shift = DIGIT / 2 - warp @ np.full(2, DIGIT / 2)
+        picture = picture.transform((DIGIT, DIGIT), Image.AFFINE, (*warp[0], shift[0], *warp[1], shift[1]), Image.BILINEAR)
+        drawn.append(torch.from_numpy(np.array(picture)))
+    digits = torch.stack(drawn)
+    return digits[:n], digits[n:]
+
+
+def moving_mnist(root: str) -> tuple[Clips, Clips]:
+    """The published file: of its sequences of 20 frames nine tenths are for training, each cut into two clips of 10.
+
+    Centres are those of mass of the connected components of a frame: touching digits count as one."""
+    from scipy import ndimage
+    from torchvision.datasets import MovingMNIST
+
+    try:
+        data = MovingMNIST(root, split=None, download=True).data[:, :, 0]  # [N, 20, 64, 64] uint8
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"{root}/MovingMNIST/mnist_test_seq.npy"
+        raise UserError(f"Moving MNIST is not at {where} and could not be downloaded ({one_line(error)}); put it there") from None
+    clips = data.reshape(-1, 10, SIZE, SIZE)
+    cache, key = Path(root) / "MovingMNIST/centres.pt", [len(clips), int(clips[::97].long().sum())]
+    try:
+        kept = torch.load(cache, weights_only=True)
+        centres = kept["centres"] if kept["key"] == key else None
+    except Exception:  # absent, damaged or foreign: made anew
+        centres = None
+    if centres is None:
+        centres = torch.full((len(clips) * 10, 2, 2), torch.nan)
+        for n, frame in enumerate(tqdm(clips.flatten(0, 1).numpy(), desc="finding digits", leave=False, disable=not sys.stderr.isatty())):
+            stop_if_asked()
+            components, found = ndimage.label(frame > 32, structure=[[1] * 3] * 3)
+            size = ndimage.sum_labels(frame, components, range(1, found + 1))
+            largest = [k + 1 for k in size.argsort()[::-1][:2]]
+            for d, (y, x) in enumerate(ndimage.center_of_mass(frame, components, largest) if found else []):
+                centres[n, d] = torch.tensor([x + 0.5, y + 0.5])
+        centres, buffer = centres.view(-1, 10, 2, 2), io.BytesIO()
+        torch.save(dict(key=key, centres=centres), buffer)
+        with contextlib.suppress(OSError):  # a read-only disk: found again next time
+            write_atomically(cache, buffer.getvalue())
+    train = 2 * (len(data) * 9 // 10)
+    return tuple(Clips(clips[part], occupancy(centres[part]), centres[part]) for part in (slice(train), slice(train, None)))
+
+
+class ClipStream:
+    """Training batches as a pure function of (seed, step): nothing to save, and a resumed run sees the same clips."""
+
+    def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world: int = 1):
+        first = not dist.is_initialized() or rank == 0
+        if not first:
+            dist.barrier()  # the first process downloads for all
+        self.cfg, self.generator, self.rank, self.world = cfg, torch.Generator(device), rank, world
+        self.moving = cfg.data != "moving-mnist"
+        source = {"mnist": mnist, "moving-mnist": moving_mnist}.get(cfg.data, lambda _: glyphs())(cfg.data_dir)
+        place = lambda part: part.to(device) if self.moving else Clips(*(x.to(device) for x in part))
+        self.train, self.validation = (place(part) for part in source)
+        if first and dist.is_initialized():
+            dist.barrier()
+
+    def __call__(self, step: int) -> Clips:
+        cfg, g, share = self.cfg, seeded(self.generator, "clips", self.cfg.seed, step), self.cfg.batch_size // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        if self.moving:
+            return Clips(*(x[mine] for x in move_digits(self.train, cfg.batch_size, cfg.frames, g)))
+        pick = torch.randint(0, len(self.train.frames), (cfg.batch_size,), generator=g, device=g.device)[mine]
+        return Clips(*(x[pick] for x in self.train))
+
+    def unseen(self, n: int) -> Clips:
+        """n clips of validation digits, the same for every run; of the published file as many as there are."""
+        if self.moving:
+            return move_digits(self.validation, n, self.cfg.frames, seeded(self.generator, "validation"))
+        return Clips(*(x[:n] for x in self.validation))
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: statistics and losses are not for bf16."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # with a gradient
+
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        n, world = x.numel() // x.shape[1] * dist.get_world_size(), dist.get_world_size()
+        x32 = wide(x)
+        mean = all_reduce(x32.mean(axes)) / world
+        var = all_reduce((x32 - mean.view(shape)).square().mean(axes)) / world
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x32 * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the channels of each place of [N, C, H, W]: the same for true and for predicted latents, whatever else is in the
+    batch. (GroupNorm on channels_last takes several times as long on a CPU.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def norm_of(kind: str, channels: int) -> nn.Module:
+    return BatchNorm(channels) if kind == "batch" else LayerNorm(channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str, stride: int = 1):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm_of(norm, outputs)
+        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm_of(norm, outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_of(norm, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class UNet(nn.Module):
+    """Residual U-Net: [N, inputs, h, w] -> [N, outputs, h, w]; `levels` resolutions, the channels double at each coarser one."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, levels: int, norm: str):
+        super().__init__()
+        widths = [width * 2**k for k in range(levels)]
+        self.stem = nn.Sequential(nn.Conv2d(inputs, width, 3, 1, 1, bias=False), norm_of(norm, width), nn.ReLU())
+        self.down = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in zip([width, *widths], widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:]))
+        self.merge = nn.ModuleList(ResidualBlock(2 * a, a, norm) for a in widths[:-1])
+        self.out = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, kept = self.stem(x), []
+        for k, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if k else x)
+            kept.append(x)
+        for up, merge, finer in zip(reversed(self.up), reversed(self.merge), reversed(kept[:-1])):
+            x = merge(torch.cat((up(x), finer), 1))
+        return self.out(x)
+
+
+class Model(nn.Module):
+    """Encoder, predictor and projector, trained together, and two heads that read detached latents."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        C, W, n = cfg.latent_dim, cfg.encoder_width, cfg.norm
+        strides = (2 if cfg.stride > 1 else 1, 2 if cfg.stride > 2 else 1)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, W, 3, strides[0], 1, bias=False), norm_of(n, W), nn.ReLU(),
+            ResidualBlock(W, W, n), ResidualBlock(W, 2 * W, n, strides[1]), ResidualBlock(2 * W, C, n),
+        )  # fmt: skip
+        self.predictor, self.residual = UNet(2 * C, C, cfg.predictor_width, cfg.levels, n), cfg.residual
+        self.projector = nn.Sequential(nn.Linear(C, cfg.projector_width), nn.ReLU(), nn.Linear(cfg.projector_width, cfg.projector_width))
+        self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), nn.Conv2d(C, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 1, 3, 1, 1))
+        s = cfg.stride
+        self.decoder = nn.Sequential(nn.Conv2d(C, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, s * s, 3, 1, 1), nn.PixelShuffle(s))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames [B, 1, T, 64, 64] in [0, 1] -> latents [B, T, C, h, w]."""
+        B, _, T, H, W = frames.shape
+        x = frames.transpose(1, 2).reshape(B * T, 1, H, W).contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).unflatten(0, (B, T))
+
+    def predict(self, before: Tensor, last: Tensor) -> Tensor:
+        """Two successive latents [N, C, h, w] each -> the next."""
+        y = self.predictor(torch.cat((before, last), 1))
+        return last + y if self.residual else y
+
+    def forecasts(self, z: Tensor, steps: int, context: str = "pairs") -> list[Tensor]:
+        """Latents of clips [B, T, C, h, w] -> for each k = 1..steps k-step predictions [B, n, C, h, w] of their last n frames.
+
+        pairs: from every two successive true latents on, n = T - 1 - k. rounds, as published: round k predicts from round
+        k - 1 at every frame, the two true first latents kept, n = T - 2; so the context is predicted too."""
+        B, found, before, last = len(z), [], z[:, :-2], z[:, 1:-1]
+        for _ in range(steps):
+            y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, -1)).to(z.dtype)
+            found.append(y)
+            if context == "pairs":
+                before, last = last[:, :-1], y[:, :-1]
+            else:
+                state = torch.cat((z[:, :2], y), 1)
+                before, last = state[:, :-2], state[:, 1:-1]
+        return found
+
+    def rollout(self, context: Tensor, steps: int) -> Tensor:
+        """Latents of two or more context frames [B, >= 2, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]."""
+        seen = list(context[:, -2:].unbind(1))
+        for _ in range(steps):
+            seen.append(self.predict(*seen[-2:]).to(context.dtype))
+        return torch.stack(seen[2:], 1)
+
+    def project(self, z: Tensor) -> Tensor:
+        """Latents [B, T, C, h, w] -> projections [B, T, h, w, P]."""
+        return self.projector(z.movedim(2, -1))
+
+    def detect(self, z: Tensor) -> Tensor:
+        """Latents [B, T, C, h, w] -> probability of a digit's centre in each of 8 x 8 cells [B, T, 8, 8]."""
+        return torch.sigmoid(wide(self.detector(z.flatten(0, 1)))).view(*z.shape[:2], CELLS, CELLS)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B, T, C, h, w] -> frames [B, T, 64, 64] in [0, 1]."""
+        return torch.sigmoid(wide(self.decoder(z.flatten(0, 1)))).view(*z.shape[:2], SIZE, SIZE)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+def gather(z: Tensor) -> Tensor:
+    """Rows of all processes. Gradients are averaged over processes, and each sees its own rows alone: hence times world."""
+    if not dist.is_initialized():
+        return z
+    rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    world = len(rows)
+    rows[dist.get_rank()] = world * z - (world - 1) * z.detach()
+    return torch.cat(rows)
+
+
+def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS, latents [B T h w, C]; all but the total detached."""
+    B, device = len(batch.frames), batch.frames.device
+    x = batch.frames[:, None].to(model.projector[0].weight.dtype) / 255
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        z = model.encode(x)  # [B, T, C, h, w]
+        target = wide(model.project(z))
+        ahead = model.forecasts(z, cfg.rollout, cfg.context)
+        errors = [(wide(model.project(y)) - target[:, -y.shape[1] :]).square().mean() for y in ahead]
+        seen = z.detach()
+        found = model.detector(seen.flatten(0, 1))[:, 0]
+        some = seen[: max(1, B // 8)]  # the decoder is for pictures only
+        painted = model.decoder(some.flatten(0, 1))[:, 0]
+    prediction = torch.stack(errors).mean()
+    variance, covariance = variance_covariance_loss(gather(target.flatten(0, -2)))
+    detection = F.binary_cross_entropy_with_logits(wide(found), batch.occupied.flatten(0, 1).to(target.dtype))
+    decoding = F.binary_cross_entropy_with_logits(wide(painted), x[: len(some), 0].flatten(0, 1))
+    total = (
+        cfg.prediction_weight * prediction + cfg.variance_weight * variance + cfg.covariance_weight * covariance
+        + detection + decoding
+    )  # fmt: skip
+    terms = torch.stack((prediction, variance, covariance, detection, decoding)).detach()
+    return total, terms, seen.movedim(2, -1).flatten(0, -2)
+
+
+@torch.no_grad()
+def collapse_meter(z: Tensor) -> dict[str, float]:
+    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
+    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
+    z = z - z.mean(0)
+    std = z.std(0)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum().clamp(min=1e-12)
+    correlation = (z.T @ z) / (len(z) - 1) / (std[:, None] * std).clamp(min=1e-12)
+    off = correlation.abs().sum() - correlation.diagonal().abs().sum()
+    return dict(
+        effective_rank=torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()).item(),
+        std_min=std.min().item(), std_mean=std.mean().item(),
+        correlation=(off / (z.shape[1] * (z.shape[1] - 1))).item(),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- optimisation
+def learning_rate(cfg: Config, step: int, steps: int) -> float:
+    """Constant, or linear warm-up over the first twentieth of a schedule of `steps`, then cosine to zero."""
+    warmup = max(1, steps // 20)
+    if cfg.schedule == "constant":
+        return cfg.lr
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), cfg.lr, fused=next(model.parameters()).device.type != "mps")
+
+
+def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step of the optimiser, gradients averaged over processes."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        dist.all_reduce(flat.div_(dist.get_world_size()))
+        for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
+            g.copy_(new)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+def average_precision(scores: Tensor, labels: Tensor) -> float:
+    """Area under precision over recall of scores and boolean labels of one shape: sum over thresholds of
+    (recall gained) x precision; equal scores count as one threshold."""
+    scores, order = scores.flatten().sort(descending=True)
+    hits = labels.flatten()[order].double().cumsum(0)
+    last = torch.cat((scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)))  # of its equals
+    hits, taken = hits[last], last.nonzero()[:, 0] + 1
+    gained = hits.diff(prepend=hits.new_zeros(1)) / hits[-1].clamp(min=1)
+    return (gained * hits / taken).sum().item()
+
+
+def constant_velocity(centres: Tensor, ahead: int) -> Tensor:
+    """Score maps [B, T - 1 - ahead, 8, 8] that a tracker would give which knows the true centres [B, T, 2, 2] of two frames,
+    goes straight on for `ahead` frames and knows the borders, but not that digits bounce."""
+    a, b = centres[:, :-1], centres[:, 1:]
+    cross = (a - b.flip(2)).norm(dim=3).sum(2) < (a - b).norm(dim=3).sum(2)  # components come in no order
+    a = torch.where(cross[..., None, None], a.flip(2), a)
+    there = (b + ahead * (b - a))[:, : a.shape[1] - ahead].clamp(DIGIT / 2, SIZE - DIGIT / 2)
+    cell = (torch.arange(CELLS, device=centres.device) + 0.5) * SIZE / CELLS
+    near = lambda axis: torch.exp(-(cell - there[..., axis, None]).square() / (2 * 4.0**2)).nan_to_num(0)  # [..., 2, 8]
+    return (near(1)[..., :, None] * near(0)[..., None, :]).amax(2)
+
+
+@torch.no_grad()
+def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50) -> dict:
+    """AP_t, t = 0..horizons - 1, on (t + 1)-step predictions for all frames from t + 2 on: from two true frames ("ap"), and in
+    rounds as published ("ap_rounds"); beside it what copying the last true latent, going straight on, and the true latents of
+    these frames give."""
+    device, names = clips.frames.device, ("ap", "ap_rounds", "ap_copy_last", "ap_constant_velocity", "ap_true_frames")
+    scores = {name: [[] for _ in range(horizons)] for name in names}
+    for start in range(0, len(clips.frames), batch):
+        part = Clips(*(x[start : start + batch] for x in clips))
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
+            z = model.encode(part.frames[:, None].float() / 255)
+            true, T = model.detect(z), z.shape[1]
+            pairs, rounds = (model.forecasts(z, horizons, context) for context in ("pairs", "rounds"))
+            for t in range(horizons):
+                scores["ap"][t].append(model.detect(pairs[t]))
+                scores["ap_rounds"][t].append(model.detect(rounds[t][:, t:]))
+                scores["ap_copy_last"][t].append(true[:, 1 : T - t - 1])
+                scores["ap_constant_velocity"][t].append(constant_velocity(part.centres, t + 1))
+                scores["ap_true_frames"][t].append(true[:, t + 2 :])
+    ap = {n: [round(average_precision(torch.cat(s), clips.occupied[:, t + 2 :]), 4) for t, s in enumerate(by)] for n, by in scores.items()}
+    mean = lambda name: round(sum(ap[name]) / horizons, 4)
+    return dict(map=mean("ap"), map_rounds=mean("ap_rounds")) | ap
+
+
+def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path) -> dict:
+    """AP on unseen digits, collapse meter, figures. -> what it adds to the summary."""
+    begin, device = time.perf_counter(), next(model.parameters()).device
+    model.eval()
+    clips = stream.unseen(cfg.validation_clips)
+    result = evaluate_horizons(model, clips, min(7, cfg.frames - 2))
+    stop_if_asked()
+    shown = Clips(*(x[:6] for x in clips))
+    with torch.no_grad():
+        z = model.encode(shown.frames[:, None].float() / 255)
+        future = model.rollout(z[:, :2], cfg.frames - 2)
+        result |= collapse_meter(z.movedim(2, -1).flatten(0, -2))
+        y = torch.cat((z[:, :2], future), 1)
+        draw_rollout(run_dir / "rollout.gif", shown, model.decode(y).cpu(), model.detect(y).cpu())
+    draw_horizons(run_dir / "ap.png", result)
+    draw_curves(run_dir)
+    return result | dict(validation_clips=len(clips.frames), evaluation_seconds=round(time.perf_counter() - begin, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+def draw_horizons(path: Path, result: dict) -> None:
+    """ap.png: average precision against the number of frames predicted, with its floors and its ceiling."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    lines = [("ap", "predicted", "-o"), ("ap_true_frames", "true frames", "--"), ("ap_constant_velocity", "constant velocity", ":"), ("ap_copy_last", "last frame", "-.")]
+    for name, label, style in lines:
+        axis.plot(range(1, len(result[name]) + 1), result[name], style, label=label, lw=1.5, ms=4)
+    axis.set(xlabel="frames ahead", ylabel="average precision of the detection map", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """curves.png: loss terms, spread of the latents, effective rank against the step."""
+    from matplotlib.figure import Figure
+
+    log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(15, 3.4), layout="constrained")
+    panels = [(TERMS, "loss term", "log"), (("std_min", "std_mean", "correlation"), "latent std; |correlation|", "linear"), (("effective_rank",), "effective rank", "linear")]
+    for axis, (names, label, scale) in zip(figure.subplots(1, 3), panels):
+        for name in names:
+            axis.plot([r["step"] for r in log], [r[name] for r in log], label=name, lw=1.5)
+        axis.set(xlabel="optimiser step", ylabel=label, yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, framealpha=0.6)
+    figure.savefig(run_dir / "curves.png", dpi=110)
+
+
+def draw_rollout(path: Path, clips: Clips, painted: Tensor, found: Tensor, scale: int = 3) -> None:
+    """GIF of clips: above the truth with the true centres, below the painted prediction from the first two frames with
+    detections over 0.5 (size by probability)."""
+    from PIL import Image, ImageDraw
+
+    N, T, side, pictures = len(clips.frames), painted.shape[1], SIZE * scale, []
+    for t in range(T):
+        sheet = Image.new("RGB", (N * side, 2 * side), "white")
+        pen = ImageDraw.Draw(sheet)
+        for n in range(N):
+            for row, frame in enumerate((clips.frames[n, t].cpu(), (255 * painted[n, t]).to(torch.uint8))):
+                sheet.paste(Image.fromarray(255 - frame.numpy()).resize((side, side), Image.NEAREST), (n * side, row * side))
+            for x, y in clips.centres[n, t].cpu().nan_to_num(-9).mul(scale).tolist():
+                pen.ellipse((n * side + x - 4, y - 4, n * side + x + 4, y + 4), outline=(230, 159, 0), width=2)
+            for row, column in (found[n, t] > 0.5).nonzero().tolist():
+                x, y, r = n * side + (column + 0.5) * side / CELLS, side + (row + 0.5) * side / CELLS, 2 + 4 * found[n, t, row, column].item()
+                pen.ellipse((x - r, y - r, x + r, y + r), fill=(213, 94, 0))
+            pen.text((n * side + 3, 1), "truth", fill="grey")
+            pen.text((n * side + 3, side + 1), f"{t - 1} ahead" if t > 1 else "context", fill="grey")
+        pictures.append(sheet.quantize(64))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[300] * (T - 1) + [1200], loop=0)
+
+
+# ------------------------------------------------------------------------------------------- checkpoint and logging
+FORMAT = f"nanojepa/{SCRIPT}/1"
+asked_to_stop: list[int] = []  # signals received
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; what had to be saved is saved."""
+
+
+def note_signal(number: int, _) -> None:
+    """Obeyed at the next safe place; the second one ends the process at once."""
+    asked_to_stop.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def stop_if_asked() -> None:
+    if asked_to_stop:
+        raise Interrupted("stopped; what was trained is in the checkpoint: go on with --resume")
+
+
+def stop_wanted(device: torch.device, ask: bool) -> bool:
+    """Whether to stop, the same on every process: they ask each other only when `ask`, for it makes them wait."""
+    if not dist.is_initialized():
+        return bool(asked_to_stop)
+    if not ask:
+        return False
+    flag = torch.tensor([float(bool(asked_to_stop))], device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def use_bf16(device: torch.device) -> bool:
+    """bf16 autocast where the hardware has it: CUDA from sm_80, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def start_device(cfg: Config) -> tuple[torch.device, int, int]:
+    """Device, rank and world size; joins the process group when started by torchrun."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {kind}: PyTorch sees no such device here; use --device auto or cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return device, rank, world
+
+
+def open_run_dir(cfg: Config) -> Path:
+    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.broadcast_object_list(told := [None])
+        return told[0]
+    base = Path("runs") / SCRIPT
+    numbered = lambda n: base / f"{cfg.preset}-{n}"
+    if cfg.run_dir:
+        path = Path(cfg.run_dir)
+    else:
+        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    config = path / "config.json"
+    used = config.exists() and FORMAT in config.read_text(errors="replace")
+    if cfg.resume and not used:
+        raise UserError(f"--resume: there is no run in {path}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
+    if path.exists() and any(path.iterdir()) and not cfg.resume:
+        if not used:
+            raise UserError(f"--run-dir {path} holds other things than a run; choose another")
+        if not cfg.overwrite:
+            raise UserError(f"{path} holds a run: add --resume to go on, --overwrite to empty it, or choose --run-dir")
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.broadcast_object_list([path])
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, train_seconds: float) -> None:
+    """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
+    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
+    state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
+    torch.save(state, buffer)
+    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
+        spare = run_dir / "previous.pt.tmp"
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without links
+            shutil.copy2(path, spare)
+        os.replace(spare, run_dir / "previous.pt")
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, map_location="cpu") -> dict:
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    previous = path.with_name("previous.pt")
+    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}{offer}") from None
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format", "no format mark") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} is not a checkpoint of this script ({found}, wanted {FORMAT}){offer}")
+    return state
+
+
+def from_saved(config: dict) -> Config:
+    try:
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except TypeError as error:  # fields that have come or gone
+        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
+
+
+def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
+    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    state = load_checkpoint(path, device)
+    saved = from_saved(state["config"])
+    for field in dataclasses.fields(Config):
+        was, now = getattr(saved, field.name), getattr(cfg, field.name)
+        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"], state["train_seconds"]
+
+
+def load(path: str | Path, device: str = "cpu") -> Model:
+    """The model of a checkpoint (file or run folder), in eval mode: `z = load("runs/video_jepa/cpu-1").encode(frames)`, then
+    `model.rollout(z[:, :2], 8)` and `model.detect(z)`. Raises UserError for a bad checkpoint."""
+    path = Path(path)
+    state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    model = Model(from_saved(state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check(cfg: Config) -> Config:
+    """Raises UserError for values that cannot work."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(name)} must be a finite number, got {value}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"{flag(name)} must not be negative, got {value}")
+    positive = "latent_dim encoder_width predictor_width levels projector_width rollout epochs lr clips_per_epoch batch_size validation_clips log_every checkpoint_every"
+    for name in positive.split():
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
+    side = SIZE // max(1, cfg.stride)
+    rules = [
+        (cfg.stride in (1, 2, 4), f"--stride {cfg.stride}: 1, 2 or 4"),
+        (cfg.projector_width > 1, "--projector-width must be at least 2"),
+        (cfg.frames >= 4, f"--frames {cfg.frames}: two of context and at least two to predict"),
+        (cfg.rollout <= cfg.frames - 2, f"--rollout {cfg.rollout} does not fit in --frames {cfg.frames}: at most two less"),
+        (cfg.data != "moving-mnist" or cfg.frames == 10, "--data moving-mnist has clips of 10 frames: leave --frames at 10"),
+        (side % 2 ** (cfg.levels - 1) == 0, f"--levels {cfg.levels} is too many for latents of {side} x {side}"),
+        (cfg.batch_size <= cfg.clips_per_epoch, f"--batch-size {cfg.batch_size} is larger than --clips-per-epoch {cfg.clips_per_epoch}"),
+        (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
+    ]  # fmt: skip
+    for fine, message in rules:
+        if not fine:
+            raise UserError(message)
+    return cfg
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    sound = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in sound).encode())
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def compiled(cfg: Config, model: Model, batch: Clips, amp: bool):
+    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
+    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+        try:
+            function(model, cfg, batch, amp)[0].backward()
+            break
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    model.load_state_dict(state)  # BatchNorm has counted the warm-up
+    model.zero_grad(set_to_none=True)
+    return function, time.perf_counter() - begin
+
+
+def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
+    if start > end:
+        raise UserError(f"--max-steps {cfg.max_steps} lies before step {start} of the checkpoint")
+    compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
+    say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
+    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
+    bad_step = torch.full((), -1, dtype=torch.long, device=device)
+    synchronize(device)
+    clock, logged, terms = time.perf_counter(), start, None
+    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    for step in range(start, end + 1):
+        last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)
+        if stop and terms is None:
+            raise Interrupted(f"stopped at step {step}, before anything was learnt that is not saved")
+        if terms is not None and (last or stop or step % cfg.log_every == 0 or step % cfg.checkpoint_every == 0):
+            if dist.is_initialized():
+                dist.all_reduce(terms.div_(dist.get_world_size()))
+            values = terms.tolist()  # waits for the device
+            seconds += (took := time.perf_counter() - clock)
+            if (at := bad_step.item()) >= 0:
+                names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
+                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
+            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # the loss was fine, its gradient was not
+                raise UserError(f"NaN or Inf in the weights at step {step}; the last checkpoint, if any, is kept; try a smaller --lr")
+            if main and (last or step % cfg.log_every == 0):
+                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+            if main and (last or stop or step % cfg.checkpoint_every == 0):
+                save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
+            logged = step
+            synchronize(device)
+            clock = time.perf_counter()
+        if last or stop:
+            break
+        total, terms, latents = compute(model, cfg, batches(step), amp)
+        total.backward()
+        terms = torch.cat((terms, total.detach()[None]))
+        bad = torch.where(bad_step < 0, terms, bad)
+        bad_step = torch.where((bad_step < 0) & ~terms.isfinite().all(), step, bad_step)
+        update(model, cfg, optimizer, learning_rate(cfg, step, steps))
+        bar.update()
+    bar.close()
+    if stop and not last:
+        raise Interrupted(f"stopped at step {step}; checkpoint saved; go on with --resume --run-dir {run_dir}")
+    return seconds, warmup_seconds
+
+
+def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
+    """One line for people, one object in metrics.jsonl, and a warning when the latents collapse."""
+    meter, terms = collapse_meter(latents), dict(zip((*TERMS, "loss"), values))
+    rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
+    parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss")
+    say(
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
+        f" | rank {meter['effective_rank']:.1f}/{latents.shape[1]} | eta {(end - step) * seconds / 60:.1f}m"
+    )
+    if meter["std_mean"] < 0.05 or meter["effective_rank"] < max(1.5, 0.1 * latents.shape[1]):
+        say(f"  collapsing: mean std {meter['std_mean']:.3f}, rank {meter['effective_rank']:.1f}: raise --variance-weight")
+    elif meter["correlation"] > 0.7:
+        say(f"  collapsing: mean |correlation| {meter['correlation']:.2f}: raise --covariance-weight")
+    record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, clips_per_second=rate, **terms, **meter)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def train(cfg: Config) -> dict:
+    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    check(cfg)
+    device, rank, world = start_device(cfg)
+    say = tqdm.write if rank == 0 else lambda line: None
+    clips = ClipStream(cfg, device, rank, world)
+    torch.manual_seed(cfg.seed)
+    model = Model(cfg).to(device)
+    optimizer = make_optimizer(model, cfg)
+    run_dir = open_run_dir(cfg)
+    start, seconds = restore(run_dir / "checkpoint.pt", cfg, model, optimizer, device) if cfg.resume else (0, 0.0)
+    if rank == 0:
+        write_config(run_dir, cfg, device)
+        trim_metrics(run_dir / "metrics.jsonl", start)
+    parameters = sum(p.numel() for part in (model.encoder, model.predictor) for p in part.parameters())
+    amp = "bf16 autocast" if use_bf16(device) else "float32: no bf16 here"
+    say(f"{cfg.preset} | {describe(device)} | {amp} | encoder and predictor of {parameters:,} parameters | {run_dir}")
+    steps = max(1, round(cfg.epochs * cfg.clips_per_epoch / cfg.batch_size))
+    seconds, warmup_seconds = fit(cfg, model, optimizer, clips, steps, start, seconds, run_dir, say)
+    done = min(steps, cfg.max_steps or steps)
+    summary = dict(
+        preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=done, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
+        parameters=parameters, clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+    )  # fmt: skip
+    if rank == 0 and cfg.evaluate:
+        summary |= evaluate(model, cfg, clips, run_dir)
+    if rank == 0:
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def report(summary: dict) -> str:
+    """The final table, beside the published figures (arXiv 2602.03604: Moving MNIST, K = 4)."""
+    s = summary
+    if "map" not in s:
+        return f"{s['steps']} steps in {s['train_seconds']} s"
+    by = lambda name: " ".join(f"{v:.2f}" for v in s[name])
+    rows = [
+        ("", "here", "published"),
+        ("mAP", f"{s['map']:.3f}", ""),
+        ("  in rounds, as published", f"{s['map_rounds']:.3f}", "0.607"),
+        ("AP, 1 .. frames ahead", by("ap"), ".76 to .40"),
+        ("  copy of the last frame", by("ap_copy_last"), ""),
+        ("  constant velocity", by("ap_constant_velocity"), ""),
+        ("  true frames", by("ap_true_frames"), ""),
+        ("effective rank", f"{s['effective_rank']:.1f}", ""),
+        ("training (s); clips/s", f"{s['train_seconds']}; {s['clips_per_second']}", ""),
+    ]
+    return "\n".join(f"{a:<28}{b:<44}{c}" for a, b, c in rows)
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
+    known, _ = first.parse_known_args(argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Config, args=argv, default=preset(known.preset))
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        until = next((n for n, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        raise UserError(" ".join(lines[:until]) + " (see --help)") from None
+
+
+def main() -> None:
+    code, message = 0, ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_signal)
+    try:
+        summary = train(parse(sys.argv[1:]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(report(summary) + "\n" + json.dumps(summary))
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except OSError as error:
+        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+    except Interrupted as error:
+        code, message = 128 + (asked_to_stop or [signal.SIGTERM])[0], str(error)
+    if code:
+        print(message, file=sys.stderr)
+        sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
