@@ -821,7 +821,7 @@ def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 300) -> Tensor:
         kernel = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)
         pull = ((12.0 if step < 100 else 1.0) * p - kernel / kernel.sum()) * kernel
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        moving = (0.5 if step < 100 else 0.8) * moving - len(z) / 4 * gradient
+        moving = (0.5 if step < 100 else 0.8) * moving - 50 * gradient
         y = y + moving
     return y
 
