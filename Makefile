@@ -4,7 +4,7 @@ ARGS ?=
 PIP_ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help setup image_jepa video_jepa world_model ablations results test clean
+.PHONY: help setup image_jepa video_jepa world_model ablations gpu_campaign bench results test torture clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,22 +26,23 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits; A
 world_model: .venv/ready  ## train a world model and plan with it; ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 
-ABLATIONS = none variance covariance similarity inverse-dynamics rollout
-ablations: .venv/ready  ## the world model without each of its loss terms
-	for term in $(ABLATIONS); do \
-	  folder=runs/world_model/ablate-$$term; flag="--ablate $$term"; \
-	  if [ $$term = none ]; then flag=""; fi; \
-	  if [ -f $$folder/summary.json ]; then continue; fi; \
-	  if [ -d $$folder ]; then flag="$$flag --resume"; fi; \
-	  $(RUN) world_model.py --steps 1200 $$flag --run-dir $$folder $(ARGS) || exit 1; \
-	done
-	$(RUN) results/tables.py runs/world_model/ablate-*
+ablations: .venv/ready  ## every script without each of its parts (about 50 minutes); ARGS=video_jepa for one script
+	$(RUN) results/campaign.py ablations $(ARGS)
+
+gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
+	$(RUN) results/campaign.py gpu $(ARGS)
+
+bench: .venv/ready  ## time the kernels: as usually written / torch.compile / ours (about 2 minutes); ARGS="--json FILE" also writes a file
+	$(RUN) -m kernels.bench $(ARGS)
 
 results: .venv/ready  ## write the README's tables anew from results/
 	$(RUN) results/tables.py --readme
 
 test: .venv/ready  ## all tests
 	$(RUN) -m pytest -q tests $(ARGS)
+
+torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (about 10 minutes)
+	$(RUN) tests/torture.py $(ARGS)
 
 clean:  ## remove the environment (runs and data stay)
 	rm -rf .venv

@@ -4,7 +4,7 @@
     z_v = encode(v_v),  p_v = project(z_v)          ResNet or ViT; MLP
     loss = w_i * mean over pairs |p_v - p_w|^2      invariance: the energy. Alone it is least when all p are equal, so:
          + w_v * variance(p) + w_c * covariance(p)  --loss vicreg (arXiv 2105.04906), or
-         + w_s * sigreg(p)                          --loss sigreg (arXiv 2511.08544): p isotropic Gaussian; both in kernels/
+         + w_s * sigreg(p)                          --loss sigreg (arXiv 2511.08544): p isotropic Gaussian (kernels/)
 
 The projector is thrown away; a linear classifier on z (`linear_accuracy`) says what the features are worth.
 
@@ -12,9 +12,10 @@ The projector is thrown away; a linear classifier on z (`linear_accuracy`) says 
     python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
     python image_jepa.py --preset paper --loss sigreg   # the published recipe (arXiv 2602.03604)
 
-Preset cpu: 71.2-72.5 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds in results/).
-Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0 % (SIGReg). Ours differs in more and smaller views, a slim
-network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all scripts are nearly the same.
+Preset cpu: 71.2-72.5 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds
+in results/). Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0 % (SIGReg). Ours differs in more and
+smaller views, a slim network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all
+scripts are nearly the same.
 """
 import argparse
 import contextlib
@@ -45,10 +46,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import sigreg_loss, variance_covariance_loss
+from kernels import sigreg_loss, use_triton, variance_covariance_loss
 
 SCRIPT = "image_jepa"
 TERMS = ("invariance", "variance", "covariance", "sigreg", "probe")
+METER = ("std_mean", "correlation", "projection_std", "agreement")
+PUBLISHED = {"online_accuracy": "90.12 vicreg, 91.02 sigreg", "epochs": "300"}  # arXiv 2602.03604, ResNet-18
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -63,8 +66,9 @@ class Config:
     overwrite: bool = False  # empty a run folder that exists
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: bool = True  # torch.compile the loss with its augmentation, forward and backward
+    kernels: bool = True  # fused Triton losses on NVIDIA GPUs; off: plain PyTorch
     # data
-    data: str = "cifar10"  # cifar10 (downloaded once), shapes (drawn, no files), or a folder with train/<class>/* and test/<class>/*
+    data: str = "cifar10"  # cifar10, shapes (drawn, no files), or a folder with train/<class>/* and test/<class>/*
     data_dir: str = "data"  # where downloaded sets lie, in torchvision's layout
     image_size: int = 32  # images of a folder are resized once to this side, px
     # views
@@ -75,7 +79,7 @@ class Config:
     grey: float = 0.2  # probability that a view loses its colours
     solarise: float = 0.1  # probability that a view's bright half is inverted
     # model
-    backbone: Literal["resnet18", "small", "vit_s", "vit_b"] = "resnet18"  # small: 4x4 patches of stride 2, three stages
+    backbone: Literal["resnet18", "small", "vit_s", "vit_b"] = "resnet18"  # small: a slim one, for CPUs
     width: int = 64  # channels of the first stage of resnet18 and small
     patch_size: int = 8  # of the ViTs, px
     projector_width: int = 2048  # of the projector's two hidden layers; 0 = no projector
@@ -104,20 +108,26 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "gpu": dict(  # what won on a CPU, at ResNet-18's size; not tuned on a GPU yet
-        views=4, crop_size=24, crop_scale=(0.15, 0.8), variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=150, warmup_epochs=3,
+        views=4, crop_size=24, crop_scale=(0.15, 0.8), variance_weight=5.0, optimizer="muon", lr=0.02,
+        weight_decay=0.01, epochs=150, warmup_epochs=3,
     ),
     "paper": {},  # the defaults above
     "cpu": dict(
-        backbone="small", projector_width=512, projector_out=256, views=4, crop_size=20, crop_scale=(0.15, 0.6), batch_size=128,
-        variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=4.5, warmup_epochs=0.3, compile=False,
+        backbone="small", projector_width=512, projector_out=256, views=4, crop_size=20, crop_scale=(0.15, 0.6),
+        batch_size=128, variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=4.5,
+        warmup_epochs=0.3, compile=False,
     ),
     "smoke": dict(
-        data="shapes", backbone="small", width=24, projector_width=64, projector_out=64, crop_size=24, crop_scale=(0.4, 1.0), jitter=2.0, grey=0.5,
-        solarise=0.3, batch_size=64, variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=2, warmup_epochs=0.2,
+        data="shapes", backbone="small", width=24, projector_width=64, projector_out=64, crop_size=24,
+        crop_scale=(0.4, 1.0), jitter=2.0, grey=0.5, solarise=0.3, batch_size=64, variance_weight=5.0,
+        optimizer="muon", lr=0.02, weight_decay=0.01, epochs=2, warmup_epochs=0.2,
         log_every=25, checkpoint_every=50, compile=False,
     ),
 }  # fmt: skip
-MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "overwrite", "device", "compile", "data_dir", "max_steps", "evaluate", "log_every", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = {
+    "run_dir", "resume", "overwrite", "device", "compile", "kernels", "data_dir", "max_steps", "evaluate", "log_every",
+    "checkpoint_every",
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -147,7 +157,7 @@ class Images(NamedTuple):
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -165,35 +175,36 @@ def load_images(cfg: Config) -> Images:
     return images
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 def cifar10(root: str) -> Images:
     from torchvision.datasets import CIFAR10
 
     try:
         train, test = (CIFAR10(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:  # no network, or a damaged file
-        url, what = CIFAR10.url, " ".join(str(error).split())[:160]
-        raise UserError(f"CIFAR-10 is not in {root} and could not be downloaded ({what}); put {url} into {root}/") from None
+        what = f"CIFAR-10 is not in {root} and could not be downloaded ({one_line(error)})"
+        raise UserError(f"{what}; put {CIFAR10.url} into {root}/") from None
     pixels = lambda s: torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous()
     return Images(pixels(train), torch.tensor(train.targets), pixels(test), torch.tensor(test.targets), train.classes)
 
 
 def image_folder(root: Path, size: int) -> Images:
     """<root>/{train,test}/<class>/*, decoded and resized once; kept in one file beside them until a file changes."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from torchvision.datasets import ImageFolder
 
     if not (root / "train").is_dir() or not (root / "test").is_dir():
-        raise UserError(f"--data {root} is neither cifar10 nor shapes nor a folder with train/<class>/* and test/<class>/*")
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    files = {}
-    for part in ("train", "test"):
-        for label, name in enumerate(classes):
-            found = sorted(p for p in (root / part / name).glob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            if not found:
-                raise UserError(f"--data {root}: no images in {root / part / name}")
-            files |= {p: (part, label) for p in found}
-    if not classes:
-        raise UserError(f"--data {root}: no class folders in {root / 'train'}")
-    stamp = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+        raise UserError(f"--data {root}: neither cifar10 nor shapes nor a folder of train/<class>/* and test/<class>/*")
+    try:
+        train, test = (ImageFolder(str(root / part)) for part in ("train", "test"))
+    except FileNotFoundError as error:  # no classes, or one without images
+        raise UserError(f"--data {root}: {one_line(error)}") from None
+    if differ := set(train.classes) ^ set(test.classes):
+        raise UserError(f"--data {root}: only one of train and test has class {', '.join(sorted(differ))}")
+    files, n = [*train.samples, *test.samples], len(train.samples)  # (path, label)
+    stamp = [(os.path.relpath(path, root), (s := os.stat(path)).st_size, s.st_mtime_ns) for path, _ in files]
     key, cache = hashlib.sha256(repr(stamp).encode()).hexdigest(), root / f"images-{size}.pt"
     try:
         kept = torch.load(cache, weights_only=True)
@@ -201,12 +212,10 @@ def image_folder(root: Path, size: int) -> Images:
             return Images(*(kept[name] for name in Images._fields))
     except Exception:  # absent, damaged or foreign: made anew
         pass
-    pixels = [decode(p, size) for p in tqdm(files, desc="reading images", leave=False, disable=not sys.stderr.isatty())]
-    part = lambda name: [n for n, (p, _) in enumerate(files.values()) if p == name]
-    label = torch.tensor([label for _, label in files.values()])
-    tensors = [t for name in ("train", "test") for t in (torch.stack([pixels[n] for n in part(name)]), label[part(name)])]
-    images, buffer = Images(*tensors, classes), io.BytesIO()
-    torch.save(dict(key=key, **images._asdict()), buffer)
+    pixels = torch.stack([decode(path, size) for path, _ in progress(files, "reading images")])
+    label = torch.tensor([label for _, label in files])
+    images = Images(pixels[:n].clone(), label[:n].clone(), pixels[n:].clone(), label[n:].clone(), train.classes)
+    torch.save(dict(key=key, **images._asdict()), buffer := io.BytesIO())
     try:
         write_atomically(cache, buffer.getvalue())
     except OSError as error:
@@ -214,7 +223,7 @@ def image_folder(root: Path, size: int) -> Images:
     return images
 
 
-def decode(path: Path, size: int) -> Tensor:
+def decode(path: str, size: int) -> Tensor:
     """One file -> its central square [3, size, size] uint8; greyscale and transparent images become RGB."""
     import numpy as np
     from PIL import Image, ImageOps
@@ -222,7 +231,8 @@ def decode(path: Path, size: int) -> Tensor:
     stop_if_asked()
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))).permute(2, 0, 1)
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR)
+            return torch.from_numpy(np.array(square)).permute(2, 0, 1)
     except Exception as error:  # PIL raises many kinds for a damaged file
         raise UserError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from None
 
@@ -242,7 +252,7 @@ SHAPES = {  # what is solid, at (u, v) in units of the shape's radius
 
 
 def shapes(size: int, train: int = 8000, test: int = 2000) -> Images:
-    """Ten classes of shapes, drawn: random place, scale, small turn, two random colours, striped ground. Always the same."""
+    """Ten classes of shapes, drawn at a random place, scale and turn, in two colours, on stripes. Always the same."""
     n, g = train + test, seeded(torch.Generator(), "shapes")
     rand = lambda low, high, *more: low + (high - low) * torch.rand(n, *more, 1, 1, generator=g)
     label = torch.randint(0, len(SHAPES), (n,), generator=g)
@@ -250,7 +260,8 @@ def shapes(size: int, train: int = 8000, test: int = 2000) -> Images:
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
     radius, turn = rand(0.4, 0.8), rand(-0.3, 0.3)
     x0, y0 = (rand(-1, 1) * (1 - radius) for _ in range(2))
-    u, v = (turn.cos() * (x - x0) + turn.sin() * (y - y0)) / radius, (turn.cos() * (y - y0) - turn.sin() * (x - x0)) / radius
+    u = (turn.cos() * (x - x0) + turn.sin() * (y - y0)) / radius
+    v = (turn.cos() * (y - y0) - turn.sin() * (x - x0)) / radius
     solid = torch.empty(n, size, size, dtype=torch.bool)
     for k, inside in enumerate(SHAPES.values()):
         solid[label == k] = inside(u[label == k], v[label == k])
@@ -280,29 +291,32 @@ def constant(values: tuple, device: torch.device) -> Tensor:  # made once: a cop
 
 
 def draw_augmentation(cfg: Config, n: int, size: int, g: torch.Generator) -> Augmentation:
-    """Parameters of n views of images of side `size`, by the laws of torchvision's RandomResizedCrop, ColorJitter etc."""
+    """Parameters of n views of images of side `size`, by the laws of torchvision's RandomResizedCrop, ColorJitter."""
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
     # the first of ten tries that fits into the image; else all of it
     area = size**2 * (cfg.crop_scale[0] + (cfg.crop_scale[1] - cfg.crop_scale[0]) * rand(n, 10))
     ratio = torch.exp(math.log(4 / 3) * (2 * rand(n, 10) - 1))
-    tries = torch.stack(((area / ratio).sqrt().round(), (area * ratio).sqrt().round()), 2).clamp(min=1)  # [n, 10, 2] height, width
+    tries = torch.stack(((area / ratio).sqrt().round(), (area * ratio).sqrt().round()), 2)  # [n, 10, 2] height, width
+    tries = tries.clamp(min=1)
     fits = (tries <= size).all(2)
     sides = tries.gather(1, fits.int().argmax(1)[:, None, None].expand(-1, 1, 2))[:, 0]
     sides = torch.where(fits.any(1, keepdim=True), sides, size)
     corner = (rand(n, 2) * (size - sides + 1)).floor()
     strength, neutral = (constant(values, g.device) for values in ((0.4, 0.4, 0.2, 0.1), (1.0, 1.0, 1.0, 0.0)))
     factor = neutral + cfg.jitter * strength * (2 * rand(n, 4) - 1) * (rand(n, 1) < 0.8)
-    # every order of the four is as likely, but a quarter of the views has hue in each place: the costly turn of the hue is
-    # then done once a view, on groups whose sizes are known beforehand
-    slot = torch.arange(4, device=g.device).repeat_interleave(-(-n // 4))[:n][torch.randperm(n, generator=g, device=g.device)]
+    # every order of the four is as likely, but a quarter of the views has hue in each place: the costly turn of the hue
+    # is then done once a view, on groups whose sizes are known beforehand
+    mixed = torch.randperm(n, generator=g, device=g.device)
+    slot = torch.arange(4, device=g.device).repeat_interleave(-(-n // 4))[:n][mixed]
     others = rand(n, 3).argsort(1)
     order = torch.empty(n, 4, dtype=torch.long, device=g.device)
     order.scatter_(1, (slot[:, None] + torch.arange(1, 4, device=g.device)) % 4, others).scatter_(1, slot[:, None], 3)
-    return Augmentation(torch.cat((corner, sides), 1), rand(n) < 0.5, factor, order, rand(n) < cfg.grey, rand(n) < cfg.solarise)
+    box, flip = torch.cat((corner, sides), 1), rand(n) < 0.5
+    return Augmentation(box, flip, factor, order, rand(n) < cfg.grey, rand(n) < cfg.solarise)
 
 
 def resampling(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
-    """Matrices [N, out, size] that resize pixels start..start+length of `size` to `out`: bilinear, antialiased, edges repeated."""
+    """Matrices [N, out, size] that resize pixels start..start+length of `size` to `out`: bilinear, antialiased."""
     scale = length[:, None] / out
     centre = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale  # [N, out]
     pixel = torch.arange(size, device=start.device) + 0.5
@@ -343,7 +357,8 @@ def augment(images: Tensor, a: Augmentation, out: int) -> Tensor:
         factor = torch.where(kind == 3, 1.0, a.factor.gather(1, a.order[:, slot : slot + 1])[..., None, None])
         grey = luminance(x)
         other = torch.where(kind == 1, grey.mean((1, 2, 3), keepdim=True), torch.where(kind == 2, grey, 0.0))
-        x = (factor * x + (1 - factor) * other).clamp(0, 1)  # brightness: black, contrast: mean grey, saturation: grey image
+        # away from black (brightness), the mean grey (contrast), or the grey image (saturation)
+        x = (factor * x + (1 - factor) * other).clamp(0, 1)
         if slot < len(by_slot):
             x = x.index_copy(0, by_slot[slot], turn_hue(x[by_slot[slot]], a.factor[by_slot[slot], 3]))
     x = torch.where(a.grey[:, None, None, None], luminance(x), x)
@@ -373,11 +388,12 @@ class Batches:
             self.order = torch.randperm(len(self.images.train), generator=seed, device=g.device)
         share = cfg.batch_size // self.world
         pick = self.order[index * cfg.batch_size + self.rank * share :][:share]
-        views = draw_augmentation(cfg, cfg.views * share, self.images.train.shape[-1], seeded(g, "views", cfg.seed, step, self.rank))
+        seeded(g, "views", cfg.seed, step, self.rank)
+        views = draw_augmentation(cfg, cfg.views * share, self.images.train.shape[-1], g)
         directions = torch.empty(0)
         if cfg.loss == "sigreg":
-            shape = self.projections, cfg.directions
-            directions = F.normalize(torch.randn(*shape, generator=seeded(g, "directions", cfg.seed, step), device=g.device), dim=0)
+            shape, g = (self.projections, cfg.directions), seeded(g, "directions", cfg.seed, step)
+            directions = F.normalize(torch.randn(*shape, generator=g, device=g.device), dim=0)
         return Batch(self.images.train[pick], self.images.train_label[pick], views, directions)
 
 
@@ -433,7 +449,7 @@ class ResNet(nn.Module):
     def __init__(self, kind: Literal["resnet18", "small"], width: int):
         super().__init__()
         self.features, full = 8 * width, kind == "resnet18"
-        conv_norm = lambda a, b, size, stride, pad: [nn.Conv2d(a, b, size, stride, pad, bias=False), BatchNorm(b), nn.ReLU()]
+        conv_norm = lambda a, b, *more: [nn.Conv2d(a, b, *more, bias=False), BatchNorm(b), nn.ReLU()]
         self.stem = nn.Sequential(*conv_norm(3, width, 3 if full else 4, 1 if full else 2, 1))
         sizes = [width * k for k in ((1, 1, 1, 2, 2, 4, 4, 8, 8) if full else (1, 1, 2, 4))]
         blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
@@ -500,8 +516,10 @@ class Model(nn.Module):
         self.projector, self.projections = nn.Sequential(), features
         if width:
             self.projections = cfg.projector_out or (2048 if cfg.loss == "vicreg" else 128)
-            hidden = [l for a, b in ((features, width), (width, width)) for l in (nn.Linear(a, b), BatchNorm(b), nn.ReLU())]
-            self.projector = nn.Sequential(*hidden, nn.Linear(width, self.projections))
+            layer = lambda a, b: [nn.Linear(a, b), BatchNorm(b), nn.ReLU()]
+            self.projector = nn.Sequential(
+                *layer(features, width), *layer(width, width), nn.Linear(width, self.projections)
+            )
         self.probe = nn.Linear(features, classes)
 
 
@@ -512,7 +530,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def gather(z: Tensor) -> Tensor:
-    """Rows of all processes. Gradients are averaged over processes, and each sees its own rows alone: hence times world."""
+    """Rows of all processes. Gradients are averaged over them, and each sees its own rows alone: hence times world."""
     if not dist.is_initialized():
         return z
     rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -523,8 +541,8 @@ def gather(z: Tensor) -> Tensor:
 
 
 def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """-> total loss (0-d, to differentiate), the terms in the order of TERMS, features [V B, F] and projections [V, B, P];
-    all but the total detached."""
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS, features [V B, F] and projections
+    [V, B, P]; all but the total detached."""
     V, B, device = cfg.views, len(batch.images), batch.images.device
     x = augment(batch.images, batch.views, cfg.crop_size)  # [V B, 3, s, s]
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -550,8 +568,8 @@ def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
-    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    """How spread latents [N, D] are: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the entropy
+    of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
     z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
     z = z - z.mean(0)
     std = z.std(0)
@@ -583,7 +601,7 @@ def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD with a step length of its own for each matrix, relative to its norm (You et al. 2017, arXiv 1708.03888).
+    """Momentum SGD with a step length for each matrix, relative to its norm (You et al. 2017, arXiv 1708.03888).
 
     The ratio eta |w| / |g + decay w| is clipped so that no matrix moves faster than plain SGD would."""
 
@@ -596,12 +614,11 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in params]
             if group["matrix"]:  # biases and norms are neither decayed nor scaled
-                norms, speeds = torch._foreach_norm(params), torch._foreach_norm(grads)
-                ratios = [
-                    torch.where((w > 0) & (g > 0), group["eta"] * w / (g + group["weight_decay"] * w + 1e-8) / group["lr"], 1.0).clamp(max=1)
-                    for w, g in zip(norms, speeds)
-                ]  # fmt: skip
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                decay, ratios = group["weight_decay"], []
+                for w, g in zip(torch._foreach_norm(params), torch._foreach_norm(grads)):
+                    ratio = group["eta"] * w / (g + decay * w + 1e-8) / group["lr"]
+                    ratios.append(torch.where((w > 0) & (g > 0), ratio, 1.0).clamp(max=1))
+                grads = torch._foreach_add(grads, params, alpha=decay)
                 torch._foreach_mul_(grads, ratios)
             moving = [momentum_of(self, p) for p in params]
             torch._foreach_mul_(moving, group["momentum"])
@@ -621,25 +638,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                moving = momentum_of(self, p).mul_(group["momentum"]).add_(p.grad)
-                step = p.grad + group["momentum"] * moving  # Nesterov
-                if group["matrix"]:
-                    step = orthogonal(step.reshape(len(p), -1)).view_as(p)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            grads, moving = [p.grad for p in params], [momentum_of(self, p) for p in params]
+            torch._foreach_mul_(moving, group["momentum"])
+            torch._foreach_add_(moving, grads)
+            steps = torch._foreach_add(grads, moving, alpha=group["momentum"])  # Nesterov
+            if group["matrix"]:
+                steps = orthogonal(steps)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 
-def orthogonal(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to [n, m], nearly: five Newton-Schulz steps, times sqrt(max(1, n / m))."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = (g / (g.norm() + 1e-7)).bfloat16()  # the iteration forgives rounding
-    x = x.T if len(g) > g.shape[1] else x
-    for _ in range(5):
-        y = x @ x.T
-        x = a * x + (b * y + c * y @ y) @ x
-    return (x.T if len(g) > g.shape[1] else x).to(g.dtype) * max(1, len(g) / g.shape[1]) ** 0.5
+def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """The nearest semi-orthogonal matrix to each [n, ...] seen as [n, m], nearly: five Newton-Schulz steps, times
+    sqrt(max(1, n / m)). Those of one shape are done together."""
+    (a, b, c), alike, found = (3.4445, -4.7750, 2.0315), {}, list(matrices)
+    for i, g in enumerate(matrices):
+        alike.setdefault((len(g), g.numel() // len(g)), []).append(i)
+    for (n, m), index in alike.items():
+        x = torch.stack([matrices[i].reshape(n, m) for i in index])
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()  # the iteration forgives rounding
+        x = x.mT if n > m else x
+        for _ in range(5):
+            y = x @ x.mT
+            x = a * x + (b * y + c * y @ y) @ x
+        x = (x.mT if n > m else x) * max(1, n / m) ** 0.5
+        for i, step in zip(index, x):
+            found[i] = step.to(matrices[i].dtype).view_as(matrices[i])
+    return found
 
 
 def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
@@ -650,7 +676,7 @@ def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
     groups = [dict(params=split[m], matrix=m, weight_decay=cfg.weight_decay if m else 0.0) for m in (True, False)]
     if cfg.optimizer != "adamw":
         return (LARS if cfg.optimizer == "lars" else Muon)(groups, cfg.lr)
-    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=next(model.parameters()).device.type != "mps")
+    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=True)
 
 
 def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -662,7 +688,7 @@ def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: floa
         for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
             g.copy_(new)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -684,8 +710,9 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: int) -> dict:
-    """Logistic regression on features [N, F]: convex, up to 100 iterations of L-BFGS on the whole set for each decay. The weight decay is the
-    best of five on 5,000 held-out training images (a tenth, if there are fewer); then all are fitted. -> accuracies in %."""
+    """Logistic regression on features [N, F]: convex, up to 100 iterations of L-BFGS on the whole set for each decay.
+    The weight decay is the best of five on 5,000 held-out training images (a tenth, if there are fewer); then all are
+    fitted. -> accuracies in %."""
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     z, z_test = (z - mean) / std, (z_test - mean) / std
     mixed = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
@@ -693,7 +720,8 @@ def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: 
     weight, bias = (torch.zeros(*s, device=z.device, requires_grad=True) for s in ((classes, z.shape[1]), (classes,)))
 
     def fit(x, labels, decay):  # from where the last fit ended: decays are tried from the strongest on
-        optimizer = torch.optim.LBFGS((weight, bias), max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+        how = dict(max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+        optimizer = torch.optim.LBFGS((weight, bias), **how)
 
         def closure():
             optimizer.zero_grad()
@@ -712,12 +740,13 @@ def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: 
     best = max(tried, key=tried.get)
     fit(z, y, best)
     with torch.no_grad():
-        return dict(linear_accuracy=accuracy(F.linear(z_test, weight, bias), y_test), held_out_accuracy=tried[best], probe_decay=best)
+        found = accuracy(F.linear(z_test, weight, bias), y_test)
+    return dict(linear_accuracy=found, held_out_accuracy=tried[best], probe_decay=best)
 
 
 @torch.no_grad()
 def knn(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: int, ks=(20, 200)) -> dict[int, float]:
-    """Accuracy in % of the vote of the k nearest by cosine, weighted by exp(similarity / 0.07) (Wu et al. 2018, 1805.01978)."""
+    """Accuracy in % of the vote of the k nearest by cosine, weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
     z, z_test, votes = F.normalize(z, dim=1), F.normalize(z_test, dim=1), {k: [] for k in ks}
     for part in z_test.split(1000):
         similar, index = (part @ z.T).topk(min(max(ks), len(z)), 1)
@@ -742,7 +771,8 @@ def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: P
     with torch.no_grad():
         result |= dict(online_accuracy=accuracy(model.probe(z_test), images.test_label), **collapse_meter(z_test))
     untrained, *_ = probe_encoder(build(cfg, images), images)
-    result |= dict(random_encoder_accuracy=untrained["linear_accuracy"], random_encoder_knn_accuracy=untrained["knn_accuracy"])
+    result["random_encoder_accuracy"] = untrained["linear_accuracy"]
+    result["random_encoder_knn_accuracy"] = untrained["knn_accuracy"]
     draw_curves(run_dir)
     draw_views(run_dir / "views.png", cfg, batch)
     draw_neighbours(run_dir / "neighbours.png", images, z, z_test)
@@ -758,21 +788,27 @@ def figure_of(rows: int, columns: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def draw_curves(run_dir: Path) -> None:
-    """curves.png: loss terms, spread of the features, effective rank against the step."""
-    log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = figure_of(1, 3, 15, 3.4)
-    panels = [(TERMS, "loss term", "log"), (("std_mean", "correlation", "projection_std", "agreement"), "std; |correlation|; agreement of views", "linear"),
-              (("effective_rank",), "effective rank", "linear")]  # fmt: skip
-    for axis, (names, label, scale) in zip(axes[0], panels):
-        for name in names:
-            values = [r[name] for r in log]
-            if any(values):
-                axis.plot([r["step"] for r in log], values, label=name, lw=1.5)
-        axis.set(xlabel="optimiser step", ylabel=label, yscale=scale)
+def draw_lines(path: Path, panels: list[tuple]) -> None:
+    """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, x, y, style in lines:
+            axis.plot(x, y, style, label=label, lw=1.5)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(run_dir / "curves.png", dpi=110)
+        axis.legend(fontsize=7, framealpha=0.6)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """curves.png: loss terms, collapse meter, effective rank against the step."""
+    log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    x, step = [r["step"] for r in log], "optimiser step"
+    lines = lambda *names: [(name, x, [r[name] for r in log], "-") for name in names if max(r[name] for r in log) > 0]
+    panels = [(step, "loss term", "log", lines(*TERMS)), (step, "collapse meter", "linear", lines(*METER))]
+    draw_lines(run_dir / "curves.png", [*panels, (step, "effective rank", "linear", lines("effective_rank"))])
 
 
 def draw_sheet(path: Path, rows: list[list[tuple[Tensor, str, str]]]) -> None:
@@ -801,38 +837,22 @@ def draw_neighbours(path: Path, images: Images, z: Tensor, z_test: Tensor, rows:
     for n, neighbours in zip(some, index):
         truth, found = images.test_label[n], images.train_label[neighbours]
         colours = ["black" if label == truth else "#d55e00" for label in found]
-        sheet.append([(images.test[n], "test: " + name(truth), "black"), *zip(images.train[neighbours], map(name, found), colours)])
+        cells = zip(images.train[neighbours], map(name, found), colours)
+        sheet.append([(images.test[n], "test: " + name(truth), "black"), *cells])
     draw_sheet(path, sheet)
-
-
-def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 300) -> Tensor:
-    """Features [N, F] -> places [N, 2] where near features stay near (van der Maaten & Hinton 2008), exact, N <= 2000."""
-    d = torch.cdist(F.normalize(z, dim=1), F.normalize(z, dim=1)).square().fill_diagonal_(torch.inf)
-    beta, low, high = torch.ones(len(z), 1), torch.zeros(len(z), 1), torch.full((len(z), 1), 1e6)
-    for _ in range(50):  # bisection for the width that gives each point `perplexity` neighbours
-        p = torch.softmax(-beta * d, 1)
-        wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-        beta = torch.where(high > 1e5, 2 * beta, (low + high) / 2)
-    p = (p + p.T) / (2 * len(z))
-    y = 1e-2 * torch.randn(len(z), 2, generator=torch.Generator().manual_seed(0))
-    moving = torch.zeros_like(y)
-    for step in range(steps):
-        kernel = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)
-        pull = ((12.0 if step < 100 else 1.0) * p - kernel / kernel.sum()) * kernel
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        moving = (0.5 if step < 100 else 0.8) * moving - 50 * gradient
-        y = y + moving
-    return y
 
 
 def draw_map(path: Path, images: Images, z_test: Tensor, points: int = 1000) -> None:
     """t-SNE of test features, one colour and marker a class."""
-    some = torch.arange(0, len(z_test), max(1, len(z_test) // points), device=z_test.device)  # of every class, in a sorted folder too
-    place, label = tsne(z_test[some].cpu()), images.test_label[some].cpu()
+    from sklearn.manifold import TSNE
+
+    some = torch.arange(0, len(z_test), max(1, len(z_test) // points), device=z_test.device)  # a folder is sorted
+    tsne = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(some) - 1) / 3), random_state=0)
+    place, label = tsne.fit_transform(z_test[some].cpu().numpy()), images.test_label[some].cpu()
     figure, axes = figure_of(1, 1, 7.5, 6)
     for k, name in enumerate(images.classes):
-        axes[0, 0].scatter(*place[label == k].T.numpy(), s=12, marker="osD^v"[k // 2 % 5], color=f"C{k % 10}", label=name, alpha=0.75, lw=0)
+        style = dict(s=12, marker="osD^v"[k // 2 % 5], color=f"C{k % 10}", alpha=0.75, lw=0)
+        axes[0, 0].scatter(*place[(label == k).numpy()].T, label=name, **style)
     axes[0, 0].set_axis_off()
     axes[0, 0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
@@ -840,6 +860,7 @@ def draw_map(path: Path, images: Images, z_test: Tensor, points: int = 1000) -> 
 
 # ------------------------------------------------------------------------------------------- checkpoint and logging
 FORMAT = f"nanojepa/{SCRIPT}/1"
+ADVICE = "the last checkpoint, if any, is kept; try a smaller --lr"
 asked_to_stop: list[int] = []  # signals received
 
 
@@ -851,6 +872,11 @@ def note_signal(number: int, _) -> None:
     """Obeyed at the next safe place; the second one ends the process at once."""
     asked_to_stop.append(number)
     signal.signal(number, signal.SIG_DFL)
+
+
+def progress(things, what: str):
+    """The things, with a progress bar where somebody is looking."""
+    return tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def stop_if_asked() -> None:
@@ -898,28 +924,32 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    use_triton(None if cfg.kernels else False)
     return device, rank, world
 
 
+def run_folder(cfg: Config) -> Path:
+    """cfg.run_dir, or the first free runs/<script>/<preset>-<n>; with resume or overwrite the last one taken."""
+    if cfg.run_dir:
+        return Path(cfg.run_dir)
+    numbered = lambda n: Path("runs") / SCRIPT / f"{cfg.preset}-{n}"
+    n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+    return numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+
+
 def open_run_dir(cfg: Config) -> Path:
-    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
+    """The run folder: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.broadcast_object_list(told := [None])
         return told[0]
-    base = Path("runs") / SCRIPT
-    numbered = lambda n: base / f"{cfg.preset}-{n}"
-    if cfg.run_dir:
-        path = Path(cfg.run_dir)
-    else:
-        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
-        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    path = run_folder(cfg)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
     config = path / "config.json"
     used = config.exists() and FORMAT in config.read_text(errors="replace")
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--run-dir {path} is a file")
-    if path.exists() and any(path.iterdir()) and not cfg.resume:
+    if not cfg.resume and path.exists() and any(path.iterdir()):
         if not used:
             raise UserError(f"--run-dir {path} holds other things than a run; choose another")
         if not cfg.overwrite:
@@ -931,14 +961,17 @@ def open_run_dir(cfg: Config) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: nobody ever sees half a file. The old file stays
+    as `previous`, if given."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -949,27 +982,20 @@ def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, tra
     """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
     state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
-    torch.save(state, buffer)
-    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
-        spare = run_dir / "previous.pt.tmp"
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without links
-            shutil.copy2(path, spare)
-        os.replace(spare, run_dir / "previous.pt")
-    write_atomically(path, buffer.getvalue())
+    torch.save(state, buffer := io.BytesIO())
+    write_atomically(run_dir / "checkpoint.pt", buffer.getvalue(), run_dir / "previous.pt")
 
 
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is damaged or foreign."""
     previous = path.with_name("previous.pt")
-    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    if not path.exists() and previous.exists():  # stopped between the two renames of write_atomically
+        path = previous
+    offer = f"; the one before it is kept: mv {previous} {path}" if path != previous and previous.exists() else ""
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}{offer}") from None
+        raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -982,11 +1008,21 @@ def from_saved(config: dict) -> Config:
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
+        raise UserError(f"the run is of another version of this script ({error})") from None
+
+
+def resumed(cfg: Config) -> Config:
+    """What the run in cfg's folder was started with, so that --resume needs no other flag."""
+    folder = run_folder(cfg)
+    try:
+        saved = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"--resume: there is no run in {folder}") from None
+    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
-    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
     saved = from_saved(state["config"])
     for field in dataclasses.fields(Config):
@@ -1012,7 +1048,8 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
     path = Path(path)
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
     encoder = Encoder(from_saved(state["config"]))
-    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")})
+    mine = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
+    encoder.load_state_dict(mine)
     return encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -1037,9 +1074,12 @@ def check(cfg: Config, images: int | None = None) -> Config:
         (cfg.jitter <= 2.5, f"--jitter {cfg.jitter}: at most 2.5, where a view may turn black"),
         (cfg.knots >= 2, f"--knots {cfg.knots}: an integral needs at least 2 points"),
         (cfg.warmup_epochs <= cfg.epochs, f"--warmup-epochs {cfg.warmup_epochs} is longer than --epochs {cfg.epochs}"),
-        (not cfg.backbone.startswith("vit") or cfg.crop_size % cfg.patch_size == 0, f"--crop-size {cfg.crop_size} does not divide into patches of {cfg.patch_size}"),
+        (
+            not cfg.backbone.startswith("vit") or cfg.crop_size % cfg.patch_size == 0,
+            f"--crop-size {cfg.crop_size} does not divide into patches of {cfg.patch_size}",
+        ),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
-        (images is None or cfg.batch_size <= images, f"--batch-size {cfg.batch_size} is larger than the data set of {images} images"),
+        (not images or cfg.batch_size <= images, f"--batch-size is larger than the data set of {images} images"),
     ]  # fmt: skip
     for fine, message in rules:
         if not fine:
@@ -1050,15 +1090,25 @@ def check(cfg: Config, images: int | None = None) -> Config:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name.group(1) if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    import resource  # not there on Windows
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
 def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), device=describe(device), commit=commit)
+    facts["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
     write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
 
 
@@ -1071,9 +1121,10 @@ def trim_metrics(path: Path, step: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- training
 def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
-    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
-    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+    whole = not dist.is_initialized()  # collectives break the graph
+    for function in (torch.compile(losses, fullgraph=whole, dynamic=False), losses)[not cfg.compile :]:
         try:
             function(model, cfg, batch, amp)[0].backward()
             break
@@ -1084,8 +1135,10 @@ def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
     return function, time.perf_counter() - begin
 
 
-def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+def fit(
+    cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
+) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -1097,7 +1150,7 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
     clock, logged, terms = time.perf_counter(), start, None
-    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=end, initial=start, desc="training", leave=False, disable=not main or not sys.stderr.isatty())
     for step in range(start, end + 1):
         last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)
         if stop and terms is None:
@@ -1109,12 +1162,11 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
             seconds += (took := time.perf_counter() - clock)
             if (at := bad_step.item()) >= 0:
                 names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
-                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
-                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
-            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # the loss was fine, its gradient was not
-                raise UserError(f"NaN or Inf in the weights at step {step}; the last checkpoint, if any, is kept; try a smaller --lr")
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {ADVICE}")
+            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # loss fine, gradient not
+                raise UserError(f"NaN or Inf in the weights at step {step}; {ADVICE}")
             if main and (last or step % cfg.log_every == 0):
-                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+                log_step(run_dir, cfg, step, steps, end, values, latents, took / max(1, step - logged), say)
             if main and (last or stop or step % cfg.checkpoint_every == 0):
                 save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
             logged = step
@@ -1135,8 +1187,10 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
     return seconds, warmup_seconds
 
 
-def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: tuple, seconds: float, end: int, say) -> None:
-    """One line for people, one object in metrics.jsonl, and a warning when the latents collapse or views do not agree."""
+def log_step(
+    run_dir: Path, cfg: Config, step: int, steps: int, end: int, values: list, latents: tuple, seconds: float, say
+) -> None:
+    """One line for people, one object in metrics.jsonl, a warning when latents collapse or views do not agree."""
     z, p = latents
     meter, terms = collapse_meter(z), dict(zip((*TERMS, "loss"), values))
     meter["projection_std"] = p.flatten(0, 1).std(0).mean().item()
@@ -1145,23 +1199,35 @@ def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[flo
     rate, lr = cfg.views * cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
     parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss" and v)
     say(
-        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} views/s"
-        f" | rank {meter['effective_rank']:.0f}/{z.shape[1]} | agree {meter['agreement']:.2f} | eta {(end - step) * seconds / 60:.1f}m"
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms"
+        f" | {rate:.0f} views/s | rank {meter['effective_rank']:.0f}/{z.shape[1]} | agree {meter['agreement']:.2f}"
+        f" | eta {(end - step) * seconds / 60:.1f}m"
     )
-    # thresholds: healthy runs on CIFAR-10 show std 0.6-0.9, rank 0.3-0.5 of the features, agreement 0.2-0.5; SIGReg of weight 0.1
-    # falls to std 0.01, VICReg with variance and covariance 100 to agreement 0.15 (results/LOG.md)
+    # thresholds: healthy runs on CIFAR-10 show std 0.6-0.9, rank 0.3-0.5 of the features, agreement 0.2-0.5; SIGReg of
+    # weight 0.1 falls to std 0.01, VICReg with variance and covariance 100 to agreement 0.15 (results/LOG.md)
     spread = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
     if meter["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * z.shape[1] or meter["correlation"] > 0.5:
-        say(f"  collapsing: projections' std {meter['projection_std']:.3f}, rank {meter['effective_rank']:.1f}: raise {spread}")
+        found = f"projections' std {meter['projection_std']:.3f}, rank {meter['effective_rank']:.1f}"
+        say(f"  collapsing: {found}: raise {spread}")
     elif meter["agreement"] < 0.18 and step > steps * cfg.warmup_epochs / cfg.epochs:
-        say(f"  views of one image do not agree ({meter['agreement']:.2f}): raise --invariance-weight or lower {spread}")
+        found = f"views of one image do not agree ({meter['agreement']:.2f})"
+        say(f"  {found}: raise --invariance-weight or lower {spread}")
     record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, views_per_second=rate, **terms, **meter)
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
+def finish(run_dir: Path, summary: dict, device: torch.device, say) -> None:
+    """summary.json, the evaluation's line in metrics.jsonl, and where the figures are."""
+    summary["peak_memory_gib"] = peak_memory(device)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(dict(step=summary["steps"], evaluation=summary)) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    say(f"{run_dir}: " + ", ".join(sorted(p.name for p in run_dir.iterdir() if p.suffix in (".json", ".png", ".gif"))))
+
+
 def train(cfg: Config) -> dict:
-    """Train, probe, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    """Train, probe, draw. -> the summary, also in summary.json. Raises UserError for what a person can mend."""
     check(cfg)
     device, rank, world = start_device(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -1177,49 +1243,48 @@ def train(cfg: Config) -> dict:
         trim_metrics(run_dir / "metrics.jsonl", start)
     parameters = sum(p.numel() for p in model.encoder.parameters())
     amp = "bf16 autocast" if use_bf16(device) else "float32: no bf16 here"
-    say(f"{cfg.preset} | {describe(device)} | {amp} | encoder of {parameters:,} parameters | {len(images.train):,} images | {run_dir}")
+    say(f"{cfg.preset} | {describe(device)} | {amp} | encoder of {parameters:,} parameters | {run_dir}")
     batches = Batches(cfg, images, model.projections, rank, world)
     steps = max(1, round(cfg.epochs * batches.per_epoch))
     seconds, warmup_seconds = fit(cfg, model, optimizer, batches, steps, start, seconds, run_dir, say)
     done = min(steps, cfg.max_steps or steps)
     summary = dict(
-        preset=cfg.preset, seed=cfg.seed, data=cfg.data, loss=cfg.loss, steps=done, epochs=round(done / batches.per_epoch, 3),
-        train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1), parameters=parameters,
-        images_per_second=round(done * cfg.batch_size * cfg.views / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+        preset=cfg.preset, seed=cfg.seed, data=cfg.data, loss=cfg.loss, steps=done,
+        epochs=round(done / batches.per_epoch, 3), parameters=parameters, device=describe(device),
+        torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
+        images_per_second=round(done * cfg.batch_size * cfg.views / max(seconds, 1e-9), 1),
     )  # fmt: skip
     if rank == 0 and cfg.evaluate:
         summary |= evaluate(model, cfg, images, batches(0), run_dir)
     if rank == 0:
-        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        finish(run_dir, summary, device, say)
     return summary
 
 
 def report(summary: dict) -> str:
-    """The final table, beside the published figures (arXiv 2602.03604: ResNet-18, 300 epochs)."""
-    s, published = summary, {"vicreg": "90.12", "sigreg": "91.02"}.get(summary["loss"], "")
-    if "linear_accuracy" not in s:
-        return f"{s['steps']} steps in {s['train_seconds']} s"
-    rows = [
-        ("", "here", "published"),
-        ("linear probe, offline (%)", f"{s['linear_accuracy']}", ""),
-        ("linear probe, online (%)", f"{s['online_accuracy']}", published),
-        ("nearest neighbours, k = 20; 200 (%)", f"{s['knn20_accuracy']}; {s['knn_accuracy']}", ""),
-        ("untrained encoder: linear probe; k = 200 (%)", f"{s['random_encoder_accuracy']}; {s['random_encoder_knn_accuracy']}", ""),
-        ("effective rank", f"{s['effective_rank']:.1f}", ""),
-        ("epochs; training (s); views/s", f"{s['epochs']}; {s['train_seconds']}; {s['images_per_second']}", "300; a few hours"),
-    ]
-    return "\n".join(f"{a:<52}{b:<28}{c}" for a, b, c in rows)
+    """The final figures beside the published ones; of long lists the first, the middle and the last."""
+
+    def text(v) -> str:
+        if isinstance(v, list):
+            middle = len(v) // 2
+            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    return "\n".join(f"{name:<30}{here:<48}{published}".rstrip() for name, here, published in rows)
 
 
 def parse(argv: list[str]) -> Config:
     """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
-    known, _ = first.parse_known_args(argv)
-    complaint = io.StringIO()
+    first.add_argument("--run-dir", "--run_dir", default="")
+    complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, args=argv, default=preset(known.preset))
+            known, _ = first.parse_known_args(argv)
+            default = preset(known.preset, run_dir=known.run_dir, resume=resume)
+            return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
             raise
@@ -1238,8 +1303,11 @@ def main() -> None:
             print(report(summary) + "\n" + json.dumps(summary))
     except UserError as error:
         code, message = 2, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
     except OSError as error:
-        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+        what = f"{error.filename or 'writing'}: {error.strerror}"
+        code, message = 2, f"error: {what}; free space or choose another --run-dir"
     except Interrupted as error:
         code, message = 128 + (asked_to_stop or [signal.SIGTERM])[0], str(error)
     if code:

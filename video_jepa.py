@@ -4,10 +4,10 @@
     y_t = predict(z_{t-2}, z_{t-1})                        the next latent, from the two before it
     y^k: k steps of it, from all frames of a clip at once
     loss = mean_k |project(y^k) - project(z)|^2            no stop-gradient; collapse is prevented by
-         + 10 variance(p) + 100 covariance(p)              of the projected latents, over batch, time and place (kernels/)
+         + 10 variance(p) + 100 covariance(p)              of projected latents, over batch, time and place (kernels/)
 
-Two heads read detached latents: one says in which of 8 x 8 cells a digit's centre lies, one paints the frame. How well the
-first does on latents predicted t + 1 steps ahead is the measure: average precision AP_t, t = 0..6, and their mean, mAP.
+Two heads read detached latents: one says in which of 8 x 8 cells a digit's centre lies, one paints the frame. How well
+the first does on latents predicted t + 1 steps ahead is the measure: average precision AP_t, t = 0..6; their mean, mAP.
 
     python video_jepa.py                                   # digits of MNIST, preset gpu on CUDA, cpu elsewhere
     python video_jepa.py --data glyphs                     # digits of a font: no files needed
@@ -43,10 +43,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import variance_covariance_loss
+from kernels import use_triton, variance_covariance_loss
 
 SCRIPT = "video_jepa"
 TERMS = ("prediction", "variance", "covariance", "detection", "decoding")
+METER = ("std_min", "std_mean", "correlation")
+PUBLISHED = {"map_rounds": "0.607", "ap_rounds": "0.76 .. 0.40"}  # arXiv 2602.03604, K = 4
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -61,31 +63,34 @@ class Config:
     overwrite: bool = False  # empty a run folder that exists
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: bool = True  # torch.compile the loss, forward and backward
+    kernels: bool = True  # fused Triton losses on NVIDIA GPUs; off: plain PyTorch
     # data
-    data: Literal["mnist", "moving-mnist", "glyphs"] = "mnist"  # digits of MNIST moved here; the published file; digits of a font
+    data: Literal["mnist", "moving-mnist", "glyphs"] = "mnist"  # MNIST moved here; the published file; a font
     data_dir: str = "data"  # where downloaded sets lie, in torchvision's layout
-    frames: int = 10  # of a clip
+    frames: int = 10  # of a training clip; validation clips have 10
     clips_per_epoch: int = 18000  # clips that count as one epoch
     # model
-    stride: int = 1  # pixels of a frame per place of a latent, along each side: 1, 2 or 4
+    stride: Literal[1, 2, 4, 8] = 1  # pixels of a frame per place of a latent, along each side
     latent_dim: int = 16  # features of a latent at each place
     encoder_width: int = 32  # channels of the encoder's first stage
     predictor_width: int = 32  # channels of the U-Net's finest level; they double at each coarser one
     levels: int = 4  # of the U-Net
-    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each place. BatchNorm mixes clips and frames
+    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each place
     residual: bool = False  # predict what is added to the last latent
     projector_width: int = 64  # hidden and output features of the projector
     # loss
     rollout: int = 4  # steps predicted in training (K)
-    context: Literal["rounds", "pairs"] = "rounds"  # what step k starts from: step k - 1 at every frame; two true frames k steps back
+    context: Literal["rounds", "pairs"] = "rounds"  # what step k builds on: step k - 1 of every frame; two true frames
     prediction_weight: float = 1.0  # squared error of the projected predictions
     variance_weight: float = 10.0  # hinge on each feature's standard deviation
     covariance_weight: float = 100.0  # squared off-diagonal covariances
+    centre_places: bool = False  # both without each place's mean: a fixed code of places is spread, and says nothing
     # optimisation
     epochs: float = 50.0
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 64  # clips a step, over all processes
-    lr: float = 1e-3  # Adam's
+    optimizer: Literal["adam", "muon"] = "adam"
+    lr: float = 1e-3  # peak learning rate
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: warm-up over the first twentieth, then down to 0
     # evaluation and logging
     evaluate: bool = True  # measure AP and draw figures at the end
@@ -96,21 +101,24 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "gpu": dict(  # what won on a CPU, larger; not tuned on a GPU yet
-        stride=4, latent_dim=32, predictor_width=64, levels=3, norm="layer", residual=True, context="pairs", epochs=20, lr=2e-3, schedule="cosine",
+        stride=8, predictor_width=128, levels=2, norm="layer", residual=True, rollout=6, context="pairs",
+        centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=20,
     ),
     "paper": {},  # the defaults above
     "cpu": dict(
-        stride=4, latent_dim=32, encoder_width=16, predictor_width=32, levels=3, norm="layer", residual=True, context="pairs", epochs=1.6, batch_size=32,
-        lr=2e-3, schedule="cosine", compile=False,
+        stride=8, encoder_width=16, predictor_width=64, levels=2, norm="layer", residual=True, frames=6, context="pairs",
+        centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=3, batch_size=16, compile=False,
     ),
     "smoke": dict(
-        data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer", residual=True, context="pairs", projector_width=16,
-        epochs=1, clips_per_epoch=1600, batch_size=8, lr=5e-3, schedule="cosine", validation_clips=200, log_every=50, checkpoint_every=40,
+        data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer",
+        residual=True, context="pairs", projector_width=16, epochs=1, clips_per_epoch=1600, batch_size=8, lr=5e-3,
+        schedule="cosine", validation_clips=200, log_every=50, checkpoint_every=40,
         compile=False,
     ),
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
-    "run_dir", "resume", "overwrite", "device", "compile", "data_dir", "max_steps", "evaluate", "validation_clips", "log_every", "checkpoint_every",
+    "run_dir", "resume", "overwrite", "device", "compile", "kernels", "data_dir", "max_steps", "evaluate",
+    "validation_clips", "log_every", "checkpoint_every",
 }  # fmt: skip
 
 
@@ -126,7 +134,7 @@ def preset(name: str, **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------------------------------------------- data
-SIZE, DIGIT, SPEED, CELLS = 64, 28, 3.6, 8  # sides of frame and digit, px; px a frame; the detection map is 8 x 8
+SIZE, DIGIT, SPEED, CELLS, FRAMES = 64, 28, 3.6, 8, 10  # frame and digit, px; px a frame; detection map; of a clip
 
 
 class Clips(NamedTuple):
@@ -136,14 +144,14 @@ class Clips(NamedTuple):
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def paths(n: int, frames: int, g: torch.Generator) -> Tensor:
     """Upper left corners [n, frames, 2] (x, y) of digits, in px: straight lines at 3.6 px a frame, elastic bounces.
 
-    Srivastava et al. 2015 (arXiv 1502.04681). A bounce folds the line back, so that a path is a triangle wave of time."""
+    Srivastava et al. 2015 (arXiv 1502.04681). A bounce folds the line back: a path is a triangle wave of time."""
     u = torch.rand(n, 3, generator=g, device=g.device)
     room, angle = SIZE - DIGIT, 2 * math.pi * u[:, 2]
     velocity = SPEED * torch.stack((angle.cos(), angle.sin()), 1)
@@ -184,7 +192,8 @@ def mnist(root: str) -> tuple[Tensor, Tensor]:
     try:
         return tuple(MNIST(root, train=part, download=True).data for part in (True, False))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"MNIST is not in {root} and could not be downloaded ({one_line(error)}); put its files into {root}/MNIST/raw") from None
+        what = f"MNIST is not in {root} and could not be downloaded ({one_line(error)})"
+        raise UserError(f"{what}; put its files into {root}/MNIST/raw") from None
 
 
 def glyphs(n: int = 2000) -> tuple[Tensor, Tensor]:
@@ -194,12 +203,13 @@ def glyphs(n: int = 2000) -> tuple[Tensor, Tensor]:
 
     rng, font, drawn = np.random.default_rng(0), ImageFont.load_default(24), []
     for k in range(n + n // 4):
-        picture = Image.new("L", (DIGIT, DIGIT))
-        ImageDraw.Draw(picture).text((DIGIT / 2, DIGIT / 2), str(k % 10), 255, font, anchor="mm", stroke_width=int(rng.integers(0, 2)))
+        picture, middle, stroke = Image.new("L", (DIGIT, DIGIT)), (DIGIT / 2, DIGIT / 2), int(rng.integers(0, 2))
+        ImageDraw.Draw(picture).text(middle, str(k % 10), 255, font, anchor="mm", stroke_width=stroke)
         angle, scale, shear = rng.uniform(-0.3, 0.3), rng.uniform(0.9, 1.2), rng.uniform(-0.2, 0.2)
         warp = scale * np.array([[np.cos(angle), -np.sin(angle) + shear], [np.sin(angle), np.cos(angle)]])
         shift = DIGIT / 2 - warp @ np.full(2, DIGIT / 2)
-        picture = picture.transform((DIGIT, DIGIT), Image.AFFINE, (*warp[0], shift[0], *warp[1], shift[1]), Image.BILINEAR)
+        affine = (*warp[0], shift[0], *warp[1], shift[1])
+        picture = picture.transform((DIGIT, DIGIT), Image.AFFINE, affine, Image.BILINEAR)
         drawn.append(torch.from_numpy(np.array(picture)))
     digits = torch.stack(drawn)
     return digits[:n], digits[n:]
@@ -215,9 +225,9 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
     try:
         data = MovingMNIST(root, split=None, download=True).data[:, :, 0]  # [N, 20, 64, 64] uint8
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"{root}/MovingMNIST/mnist_test_seq.npy"
-        raise UserError(f"Moving MNIST is not at {where} and could not be downloaded ({one_line(error)}); put it there") from None
-    clips = data.reshape(-1, 10, SIZE, SIZE)
+        what = f"{root}/MovingMNIST/mnist_test_seq.npy is not there and could not be downloaded ({one_line(error)})"
+        raise UserError(f"{what}; put it there") from None
+    clips = data.reshape(-1, FRAMES, SIZE, SIZE)
     cache, key = Path(root) / "MovingMNIST/centres.pt", [len(clips), int(clips[::97].long().sum())]
     try:
         kept = torch.load(cache, weights_only=True)
@@ -226,7 +236,7 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
         centres = None
     if centres is None:
         centres = torch.full((len(clips) * 10, 2, 2), torch.nan)
-        for n, frame in enumerate(tqdm(clips.flatten(0, 1).numpy(), desc="finding digits", leave=False, disable=not sys.stderr.isatty())):
+        for n, frame in enumerate(progress(clips.flatten(0, 1).numpy(), "finding digits")):
             stop_if_asked()
             components, found = ndimage.label(frame > 32, structure=[[1] * 3] * 3)
             size = ndimage.sum_labels(frame, components, range(1, found + 1))
@@ -237,8 +247,8 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
         torch.save(dict(key=key, centres=centres), buffer)
         with contextlib.suppress(OSError):  # a read-only disk: found again next time
             write_atomically(cache, buffer.getvalue())
-    train = 2 * (len(data) * 9 // 10)
-    return tuple(Clips(clips[part], occupancy(centres[part]), centres[part]) for part in (slice(train), slice(train, None)))
+    whole, train = Clips(clips, occupancy(centres), centres), 2 * (len(data) * 9 // 10)
+    return tuple(Clips(*(x[part] for x in whole)) for part in (slice(train), slice(train, None)))
 
 
 class ClipStream:
@@ -257,17 +267,19 @@ class ClipStream:
             dist.barrier()
 
     def __call__(self, step: int) -> Clips:
-        cfg, g, share = self.cfg, seeded(self.generator, "clips", self.cfg.seed, step), self.cfg.batch_size // self.world
+        cfg, share = self.cfg, self.cfg.batch_size // self.world
+        g = seeded(self.generator, "clips", cfg.seed, step)
         mine = slice(self.rank * share, (self.rank + 1) * share)
         if self.moving:
             return Clips(*(x[mine] for x in move_digits(self.train, cfg.batch_size, cfg.frames, g)))
         pick = torch.randint(0, len(self.train.frames), (cfg.batch_size,), generator=g, device=g.device)[mine]
-        return Clips(*(x[pick] for x in self.train))
+        first = torch.randint(0, FRAMES - cfg.frames + 1, (), generator=g, device=g.device)
+        return Clips(*(x[pick][:, first + torch.arange(cfg.frames, device=g.device)] for x in self.train))
 
     def unseen(self, n: int) -> Clips:
         """n clips of validation digits, the same for every run; of the published file as many as there are."""
         if self.moving:
-            return move_digits(self.validation, n, self.cfg.frames, seeded(self.generator, "validation"))
+            return move_digits(self.validation, n, FRAMES, seeded(self.generator, "validation"))
         return Clips(*(x[:n] for x in self.validation))
 
 
@@ -302,8 +314,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Over the channels of each place of [N, C, H, W]: the same for true and for predicted latents, whatever else is in the
-    batch. (GroupNorm on channels_last takes several times as long on a CPU.)"""
+    """Over the channels of each place of [N, C, H, W]: the same for true and for predicted latents, whatever else is in
+    the batch. (GroupNorm on channels_last takes several times as long on a CPU.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -330,7 +342,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Residual U-Net: [N, inputs, h, w] -> [N, outputs, h, w]; `levels` resolutions, the channels double at each coarser one."""
+    """Residual U-Net: [N, inputs, h, w] -> [N, outputs, h, w]; channels double at each coarser one of `levels`."""
 
     def __init__(self, inputs: int, outputs: int, width: int, levels: int, norm: str):
         super().__init__()
@@ -356,17 +368,18 @@ class Model(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        C, W, n = cfg.latent_dim, cfg.encoder_width, cfg.norm
-        strides = (2 if cfg.stride > 1 else 1, 2 if cfg.stride > 2 else 1)
+        C, W, P, n = cfg.latent_dim, cfg.encoder_width, cfg.projector_width, cfg.norm
+        conv = lambda a, b: nn.Conv2d(a, b, 3, 1, 1)
+        halve = [2 if cfg.stride >= s else 1 for s in (2, 4, 8)]  # strides of the stem and of the last two blocks
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, W, 3, strides[0], 1, bias=False), norm_of(n, W), nn.ReLU(),
-            ResidualBlock(W, W, n), ResidualBlock(W, 2 * W, n, strides[1]), ResidualBlock(2 * W, C, n),
+            nn.Conv2d(1, W, 3, halve[0], 1, bias=False), norm_of(n, W), nn.ReLU(),
+            ResidualBlock(W, W, n), ResidualBlock(W, 2 * W, n, halve[1]), ResidualBlock(2 * W, C, n, halve[2]),
         )  # fmt: skip
         self.predictor, self.residual = UNet(2 * C, C, cfg.predictor_width, cfg.levels, n), cfg.residual
-        self.projector = nn.Sequential(nn.Linear(C, cfg.projector_width), nn.ReLU(), nn.Linear(cfg.projector_width, cfg.projector_width))
-        self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), nn.Conv2d(C, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 1, 3, 1, 1))
+        self.projector = nn.Sequential(nn.Linear(C, P), nn.ReLU(), nn.Linear(P, P))
+        self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), conv(C, 32), nn.ReLU(), conv(32, 1))
         s = cfg.stride
-        self.decoder = nn.Sequential(nn.Conv2d(C, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, s * s, 3, 1, 1), nn.PixelShuffle(s))
+        self.decoder = nn.Sequential(conv(C, 32), nn.ReLU(), conv(32, s * s), nn.PixelShuffle(s))
         self.to(memory_format=torch.channels_last)
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -381,10 +394,11 @@ class Model(nn.Module):
         return last + y if self.residual else y
 
     def forecasts(self, z: Tensor, steps: int, context: str = "pairs") -> list[Tensor]:
-        """Latents of clips [B, T, C, h, w] -> for each k = 1..steps k-step predictions [B, n, C, h, w] of their last n frames.
+        """Latents of clips [B, T, C, h, w] -> for each k = 1..steps k-step predictions [B, n, C, h, w] of the last n
+        frames.
 
-        pairs: from every two successive true latents on, n = T - 1 - k. rounds, as published: round k predicts from round
-        k - 1 at every frame, the two true first latents kept, n = T - 2; so the context is predicted too."""
+        pairs: from every two successive true latents on, n = T - 1 - k. rounds, as published: round k predicts from
+        round k - 1 at every frame, the two true first latents kept, n = T - 2; so the context is predicted too."""
         B, found, before, last = len(z), [], z[:, :-2], z[:, 1:-1]
         for _ in range(steps):
             y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, -1)).to(z.dtype)
@@ -397,7 +411,7 @@ class Model(nn.Module):
         return found
 
     def rollout(self, context: Tensor, steps: int) -> Tensor:
-        """Latents of two or more context frames [B, >= 2, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]."""
+        """Latents of context frames [B, 2 or more, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]."""
         seen = list(context[:, -2:].unbind(1))
         for _ in range(steps):
             seen.append(self.predict(*seen[-2:]).to(context.dtype))
@@ -418,7 +432,7 @@ class Model(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- the loss
 def gather(z: Tensor) -> Tensor:
-    """Rows of all processes. Gradients are averaged over processes, and each sees its own rows alone: hence times world."""
+    """Rows of all processes. Gradients are averaged over them, and each sees its own rows alone: hence times world."""
     if not dist.is_initialized():
         return z
     rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -429,7 +443,7 @@ def gather(z: Tensor) -> Tensor:
 
 
 def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """-> total loss (0-d, to differentiate), the terms in the order of TERMS, latents [B T h w, C]; all but the total detached."""
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T h w, C] (detached)."""
     B, device = len(batch.frames), batch.frames.device
     x = batch.frames[:, None].to(model.projector[0].weight.dtype) / 255
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -442,7 +456,10 @@ def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[
         some = seen[: max(1, B // 8)]  # the decoder is for pictures only
         painted = model.decoder(some.flatten(0, 1))[:, 0]
     prediction = torch.stack(errors).mean()
-    variance, covariance = variance_covariance_loss(gather(target.flatten(0, -2)))
+    spread = gather(target.flatten(0, 1))  # [B T, h, w, P]
+    if cfg.centre_places:
+        spread = spread - spread.mean(0)
+    variance, covariance = variance_covariance_loss(spread.flatten(0, -2))
     detection = F.binary_cross_entropy_with_logits(wide(found), batch.occupied.flatten(0, 1).to(target.dtype))
     decoding = F.binary_cross_entropy_with_logits(wide(painted), x[: len(some), 0].flatten(0, 1))
     total = (
@@ -455,8 +472,8 @@ def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
-    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    """How spread latents [N, D] are: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the entropy
+    of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
     z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
     z = z - z.mean(0)
     std = z.std(0)
@@ -482,8 +499,63 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    state = optimizer.state[p]
+    if not state:
+        state["momentum"] = torch.zeros_like(p)
+    return state["momentum"]
+
+
+class Muon(torch.optim.Adam):
+    """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
+    on vectors, at a tenth of the rate.
+
+    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
+        split = {matrix: [p for p in params if (p.ndim > 1) == matrix] for matrix in (True, False)}
+        groups = [dict(params=split[matrix], matrix=matrix, rate=1.0 if matrix else 0.1) for matrix in (True, False)]
+        super().__init__(groups, lr, betas=(0.9, 0.98), fused=True)
+        self.momentum, self.decay = momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self) -> None:
+        matrices = self.param_groups[0]
+        params = [p for p in matrices["params"] if p.grad is not None]
+        grads, moving = [p.grad for p in params], [momentum_of(self, p) for p in params]
+        torch._foreach_mul_(moving, self.momentum)
+        torch._foreach_add_(moving, grads)
+        steps = orthogonal(torch._foreach_add(grads, moving, alpha=self.momentum))  # Nesterov
+        torch._foreach_mul_(params, 1 - matrices["lr"] * self.decay)
+        torch._foreach_add_(params, steps, alpha=-matrices["lr"])
+        for p in params:
+            p.grad = None  # Adam passes over them
+        super().step()
+
+
+def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """The nearest semi-orthogonal matrix to each [n, ...] seen as [n, m], nearly: five Newton-Schulz steps, times
+    sqrt(max(1, n / m)). Those of one shape are done together."""
+    (a, b, c), alike, found = (3.4445, -4.7750, 2.0315), {}, list(matrices)
+    for i, g in enumerate(matrices):
+        alike.setdefault((len(g), g.numel() // len(g)), []).append(i)
+    for (n, m), index in alike.items():
+        x = torch.stack([matrices[i].reshape(n, m) for i in index])
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()  # the iteration forgives rounding
+        x = x.mT if n > m else x
+        for _ in range(5):
+            y = x @ x.mT
+            x = a * x + (b * y + c * y @ y) @ x
+        x = (x.mT if n > m else x) * max(1, n / m) ** 0.5
+        for i, step in zip(index, x):
+            found[i] = step.to(matrices[i].dtype).view_as(matrices[i])
+    return found
+
+
 def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), cfg.lr, fused=next(model.parameters()).device.type != "mps")
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), cfg.lr, fused=True)
+    return Muon(list(model.parameters()), cfg.lr)
 
 
 def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -495,7 +567,7 @@ def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: floa
         for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
             g.copy_(new)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -513,8 +585,8 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def constant_velocity(centres: Tensor, ahead: int) -> Tensor:
-    """Score maps [B, T - 1 - ahead, 8, 8] that a tracker would give which knows the true centres [B, T, 2, 2] of two frames,
-    goes straight on for `ahead` frames and knows the borders, but not that digits bounce."""
+    """Score maps [B, T - 1 - ahead, 8, 8] of a tracker that knows the true centres [B, T, 2, 2] of two frames, goes
+    straight on for `ahead` frames and knows the borders, but not that digits bounce."""
     a, b = centres[:, :-1], centres[:, 1:]
     cross = (a - b.flip(2)).norm(dim=3).sum(2) < (a - b).norm(dim=3).sum(2)  # components come in no order
     a = torch.where(cross[..., None, None], a.flip(2), a)
@@ -526,9 +598,9 @@ def constant_velocity(centres: Tensor, ahead: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50) -> dict:
-    """AP_t, t = 0..horizons - 1, on (t + 1)-step predictions for all frames from t + 2 on: from two true frames ("ap"), and in
-    rounds as published ("ap_rounds"); beside it what copying the last true latent, going straight on, and the true latents of
-    these frames give."""
+    """AP_t, t = 0..horizons - 1, on (t + 1)-step predictions for all frames from t + 2 on: from two true frames ("ap"),
+    and in rounds as published ("ap_rounds"); beside it what copying the last true latent, going straight on, and the
+    true latents of these frames give."""
     device, names = clips.frames.device, ("ap", "ap_rounds", "ap_copy_last", "ap_constant_velocity", "ap_true_frames")
     scores = {name: [[] for _ in range(horizons)] for name in names}
     for start in range(0, len(clips.frames), batch):
@@ -543,7 +615,8 @@ def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50
                 scores["ap_copy_last"][t].append(true[:, 1 : T - t - 1])
                 scores["ap_constant_velocity"][t].append(constant_velocity(part.centres, t + 1))
                 scores["ap_true_frames"][t].append(true[:, t + 2 :])
-    ap = {n: [round(average_precision(torch.cat(s), clips.occupied[:, t + 2 :]), 4) for t, s in enumerate(by)] for n, by in scores.items()}
+    of = lambda t, parts: round(average_precision(torch.cat(parts), clips.occupied[:, t + 2 :]), 4)
+    ap = {name: [of(t, parts) for t, parts in enumerate(by)] for name, by in scores.items()}
     mean = lambda name: round(sum(ap[name]) / horizons, 4)
     return dict(map=mean("ap"), map_rounds=mean("ap_rounds")) | ap
 
@@ -553,12 +626,12 @@ def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path) -> di
     begin, device = time.perf_counter(), next(model.parameters()).device
     model.eval()
     clips = stream.unseen(cfg.validation_clips)
-    result = evaluate_horizons(model, clips, min(7, cfg.frames - 2))
+    result = evaluate_horizons(model, clips, 7)
     stop_if_asked()
     shown = Clips(*(x[:6] for x in clips))
     with torch.no_grad():
         z = model.encode(shown.frames[:, None].float() / 255)
-        future = model.rollout(z[:, :2], cfg.frames - 2)
+        future = model.rollout(z[:, :2], FRAMES - 2)
         result |= collapse_meter(z.movedim(2, -1).flatten(0, -2))
         y = torch.cat((z[:, :2], future), 1)
         draw_rollout(run_dir / "rollout.gif", shown, model.decode(y).cpu(), model.detect(y).cpu())
@@ -570,33 +643,33 @@ def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path) -> di
 # ---------------------------------------------------------------------------------------------------------- figures
 def draw_horizons(path: Path, result: dict) -> None:
     """ap.png: average precision against the number of frames predicted, with its floors and its ceiling."""
+    styles = dict(ap="-o", ap_true_frames="--", ap_constant_velocity=":", ap_copy_last="-.")
+    x = range(1, len(result["ap"]) + 1)
+    lines = [(name.removeprefix("ap_").replace("_", " "), x, result[name], style) for name, style in styles.items()]
+    draw_lines(path, [("frames ahead", "average precision", "linear", lines)])
+
+
+def draw_lines(path: Path, panels: list[tuple]) -> None:
+    """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    lines = [("ap", "predicted", "-o"), ("ap_true_frames", "true frames", "--"), ("ap_constant_velocity", "constant velocity", ":"), ("ap_copy_last", "last frame", "-.")]
-    for name, label, style in lines:
-        axis.plot(range(1, len(result[name]) + 1), result[name], style, label=label, lw=1.5, ms=4)
-    axis.set(xlabel="frames ahead", ylabel="average precision of the detection map", ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, x, y, style in lines:
+            axis.plot(x, y, style, label=label, lw=1.5)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, framealpha=0.6)
     figure.savefig(path, dpi=110)
 
 
 def draw_curves(run_dir: Path) -> None:
-    """curves.png: loss terms, spread of the latents, effective rank against the step."""
-    from matplotlib.figure import Figure
-
-    log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(15, 3.4), layout="constrained")
-    panels = [(TERMS, "loss term", "log"), (("std_min", "std_mean", "correlation"), "latent std; |correlation|", "linear"), (("effective_rank",), "effective rank", "linear")]
-    for axis, (names, label, scale) in zip(figure.subplots(1, 3), panels):
-        for name in names:
-            axis.plot([r["step"] for r in log], [r[name] for r in log], label=name, lw=1.5)
-        axis.set(xlabel="optimiser step", ylabel=label, yscale=scale)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, framealpha=0.6)
-    figure.savefig(run_dir / "curves.png", dpi=110)
+    """curves.png: loss terms, collapse meter, effective rank against the step."""
+    log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    x, step = [r["step"] for r in log], "optimiser step"
+    lines = lambda *names: [(name, x, [r[name] for r in log], "-") for name in names if max(r[name] for r in log) > 0]
+    panels = [(step, "loss term", "log", lines(*TERMS)), (step, "collapse meter", "linear", lines(*METER))]
+    draw_lines(run_dir / "curves.png", [*panels, (step, "effective rank", "linear", lines("effective_rank"))])
 
 
 def draw_rollout(path: Path, clips: Clips, painted: Tensor, found: Tensor, scale: int = 3) -> None:
@@ -610,11 +683,13 @@ def draw_rollout(path: Path, clips: Clips, painted: Tensor, found: Tensor, scale
         pen = ImageDraw.Draw(sheet)
         for n in range(N):
             for row, frame in enumerate((clips.frames[n, t].cpu(), (255 * painted[n, t]).to(torch.uint8))):
-                sheet.paste(Image.fromarray(255 - frame.numpy()).resize((side, side), Image.NEAREST), (n * side, row * side))
+                picture = Image.fromarray(255 - frame.numpy()).resize((side, side), Image.NEAREST)
+                sheet.paste(picture, (n * side, row * side))
             for x, y in clips.centres[n, t].cpu().nan_to_num(-9).mul(scale).tolist():
                 pen.ellipse((n * side + x - 4, y - 4, n * side + x + 4, y + 4), outline=(230, 159, 0), width=2)
             for row, column in (found[n, t] > 0.5).nonzero().tolist():
-                x, y, r = n * side + (column + 0.5) * side / CELLS, side + (row + 0.5) * side / CELLS, 2 + 4 * found[n, t, row, column].item()
+                x, y = n * side + (column + 0.5) * side / CELLS, side + (row + 0.5) * side / CELLS
+                r = 2 + 4 * found[n, t, row, column].item()
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=(213, 94, 0))
             pen.text((n * side + 3, 1), "truth", fill="grey")
             pen.text((n * side + 3, side + 1), f"{t - 1} ahead" if t > 1 else "context", fill="grey")
@@ -624,6 +699,7 @@ def draw_rollout(path: Path, clips: Clips, painted: Tensor, found: Tensor, scale
 
 # ------------------------------------------------------------------------------------------- checkpoint and logging
 FORMAT = f"nanojepa/{SCRIPT}/1"
+ADVICE = "the last checkpoint, if any, is kept; try a smaller --lr"
 asked_to_stop: list[int] = []  # signals received
 
 
@@ -635,6 +711,11 @@ def note_signal(number: int, _) -> None:
     """Obeyed at the next safe place; the second one ends the process at once."""
     asked_to_stop.append(number)
     signal.signal(number, signal.SIG_DFL)
+
+
+def progress(things, what: str):
+    """The things, with a progress bar where somebody is looking."""
+    return tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def stop_if_asked() -> None:
@@ -682,28 +763,32 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    use_triton(None if cfg.kernels else False)
     return device, rank, world
 
 
+def run_folder(cfg: Config) -> Path:
+    """cfg.run_dir, or the first free runs/<script>/<preset>-<n>; with resume or overwrite the last one taken."""
+    if cfg.run_dir:
+        return Path(cfg.run_dir)
+    numbered = lambda n: Path("runs") / SCRIPT / f"{cfg.preset}-{n}"
+    n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+    return numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+
+
 def open_run_dir(cfg: Config) -> Path:
-    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
+    """The run folder: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.broadcast_object_list(told := [None])
         return told[0]
-    base = Path("runs") / SCRIPT
-    numbered = lambda n: base / f"{cfg.preset}-{n}"
-    if cfg.run_dir:
-        path = Path(cfg.run_dir)
-    else:
-        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
-        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    path = run_folder(cfg)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
     config = path / "config.json"
     used = config.exists() and FORMAT in config.read_text(errors="replace")
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--run-dir {path} is a file")
-    if path.exists() and any(path.iterdir()) and not cfg.resume:
+    if not cfg.resume and path.exists() and any(path.iterdir()):
         if not used:
             raise UserError(f"--run-dir {path} holds other things than a run; choose another")
         if not cfg.overwrite:
@@ -715,14 +800,17 @@ def open_run_dir(cfg: Config) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: nobody ever sees half a file. The old file stays
+    as `previous`, if given."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -733,27 +821,20 @@ def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, tra
     """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
     state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
-    torch.save(state, buffer)
-    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
-        spare = run_dir / "previous.pt.tmp"
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without links
-            shutil.copy2(path, spare)
-        os.replace(spare, run_dir / "previous.pt")
-    write_atomically(path, buffer.getvalue())
+    torch.save(state, buffer := io.BytesIO())
+    write_atomically(run_dir / "checkpoint.pt", buffer.getvalue(), run_dir / "previous.pt")
 
 
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is damaged or foreign."""
     previous = path.with_name("previous.pt")
-    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    if not path.exists() and previous.exists():  # stopped between the two renames of write_atomically
+        path = previous
+    offer = f"; the one before it is kept: mv {previous} {path}" if path != previous and previous.exists() else ""
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}{offer}") from None
+        raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -766,11 +847,21 @@ def from_saved(config: dict) -> Config:
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
+        raise UserError(f"the run is of another version of this script ({error})") from None
+
+
+def resumed(cfg: Config) -> Config:
+    """What the run in cfg's folder was started with, so that --resume needs no other flag."""
+    folder = run_folder(cfg)
+    try:
+        saved = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"--resume: there is no run in {folder}") from None
+    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
-    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
     saved = from_saved(state["config"])
     for field in dataclasses.fields(Config):
@@ -784,7 +875,7 @@ def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, flo
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
-    """The model of a checkpoint (file or run folder), in eval mode: `z = load("runs/video_jepa/cpu-1").encode(frames)`, then
+    """The model of a checkpoint (file or run folder), in eval mode: `z = load("runs/video_jepa/cpu-1").encode(x)`, then
     `model.rollout(z[:, :2], 8)` and `model.detect(z)`. Raises UserError for a bad checkpoint."""
     path = Path(path)
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
@@ -801,19 +892,20 @@ def check(cfg: Config) -> Config:
             raise UserError(f"{flag(name)} must be a finite number, got {value}")
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{flag(name)} must not be negative, got {value}")
-    positive = "latent_dim encoder_width predictor_width levels projector_width rollout epochs lr clips_per_epoch batch_size validation_clips log_every checkpoint_every"
+    positive = """latent_dim encoder_width predictor_width levels projector_width rollout epochs lr clips_per_epoch
+        batch_size validation_clips log_every checkpoint_every"""
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
     side = SIZE // max(1, cfg.stride)
     rules = [
-        (cfg.stride in (1, 2, 4), f"--stride {cfg.stride}: 1, 2 or 4"),
+        (cfg.stride in (1, 2, 4, 8), f"--stride {cfg.stride}: 1, 2, 4 or 8"),
         (cfg.projector_width > 1, "--projector-width must be at least 2"),
         (cfg.frames >= 4, f"--frames {cfg.frames}: two of context and at least two to predict"),
-        (cfg.rollout <= cfg.frames - 2, f"--rollout {cfg.rollout} does not fit in --frames {cfg.frames}: at most two less"),
-        (cfg.data != "moving-mnist" or cfg.frames == 10, "--data moving-mnist has clips of 10 frames: leave --frames at 10"),
+        (cfg.rollout <= cfg.frames - 2, f"--rollout {cfg.rollout} does not fit in --frames {cfg.frames}, less two"),
+        (cfg.data != "moving-mnist" or cfg.frames <= FRAMES, f"--data moving-mnist has clips of {FRAMES} frames"),
         (side % 2 ** (cfg.levels - 1) == 0, f"--levels {cfg.levels} is too many for latents of {side} x {side}"),
-        (cfg.batch_size <= cfg.clips_per_epoch, f"--batch-size {cfg.batch_size} is larger than --clips-per-epoch {cfg.clips_per_epoch}"),
+        (cfg.batch_size <= cfg.clips_per_epoch, f"--batch-size {cfg.batch_size} is larger than --clips-per-epoch"),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
     ]  # fmt: skip
     for fine, message in rules:
@@ -825,15 +917,25 @@ def check(cfg: Config) -> Config:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name.group(1) if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    import resource  # not there on Windows
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
 def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), device=describe(device), commit=commit)
+    facts["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
     write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
 
 
@@ -846,9 +948,10 @@ def trim_metrics(path: Path, step: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- training
 def compiled(cfg: Config, model: Model, batch: Clips, amp: bool):
-    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
-    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+    whole = not dist.is_initialized()  # collectives break the graph
+    for function in (torch.compile(losses, fullgraph=whole, dynamic=False), losses)[not cfg.compile :]:
         try:
             function(model, cfg, batch, amp)[0].backward()
             break
@@ -859,8 +962,10 @@ def compiled(cfg: Config, model: Model, batch: Clips, amp: bool):
     return function, time.perf_counter() - begin
 
 
-def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+def fit(
+    cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
+) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -872,7 +977,7 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
     clock, logged, terms = time.perf_counter(), start, None
-    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=end, initial=start, desc="training", leave=False, disable=not main or not sys.stderr.isatty())
     for step in range(start, end + 1):
         last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)
         if stop and terms is None:
@@ -884,12 +989,11 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
             seconds += (took := time.perf_counter() - clock)
             if (at := bad_step.item()) >= 0:
                 names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
-                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
-                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
-            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # the loss was fine, its gradient was not
-                raise UserError(f"NaN or Inf in the weights at step {step}; the last checkpoint, if any, is kept; try a smaller --lr")
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {ADVICE}")
+            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # loss fine, gradient not
+                raise UserError(f"NaN or Inf in the weights at step {step}; {ADVICE}")
             if main and (last or step % cfg.log_every == 0):
-                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+                log_step(run_dir, cfg, step, steps, end, values, latents, took / max(1, step - logged), say)
             if main and (last or stop or step % cfg.checkpoint_every == 0):
                 save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
             logged = step
@@ -910,17 +1014,21 @@ def fit(cfg: Config, model: Model, optimizer, batches, steps: int, start: int, s
     return seconds, warmup_seconds
 
 
-def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
+def log_step(
+    run_dir: Path, cfg: Config, step: int, steps: int, end: int, values: list, latents: Tensor, seconds: float, say
+) -> None:
     """One line for people, one object in metrics.jsonl, and a warning when the latents collapse."""
     meter, terms = collapse_meter(latents), dict(zip((*TERMS, "loss"), values))
     rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
     parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss")
     say(
-        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
-        f" | rank {meter['effective_rank']:.1f}/{latents.shape[1]} | eta {(end - step) * seconds / 60:.1f}m"
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms"
+        f" | {rate:.0f} clips/s | rank {meter['effective_rank']:.1f}/{latents.shape[1]}"
+        f" | eta {(end - step) * seconds / 60:.1f}m"
     )
     if meter["std_mean"] < 0.05 or meter["effective_rank"] < max(1.5, 0.1 * latents.shape[1]):
-        say(f"  collapsing: mean std {meter['std_mean']:.3f}, rank {meter['effective_rank']:.1f}: raise --variance-weight")
+        found = f"mean std {meter['std_mean']:.3f}, rank {meter['effective_rank']:.1f}"
+        say(f"  collapsing: {found}: raise --variance-weight")
     elif meter["correlation"] > 0.7:
         say(f"  collapsing: mean |correlation| {meter['correlation']:.2f}: raise --covariance-weight")
     record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, clips_per_second=rate, **terms, **meter)
@@ -928,8 +1036,17 @@ def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[flo
         file.write(json.dumps(record) + "\n")
 
 
+def finish(run_dir: Path, summary: dict, device: torch.device, say) -> None:
+    """summary.json, the evaluation's line in metrics.jsonl, and where the figures are."""
+    summary["peak_memory_gib"] = peak_memory(device)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(dict(step=summary["steps"], evaluation=summary)) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    say(f"{run_dir}: " + ", ".join(sorted(p.name for p in run_dir.iterdir() if p.suffix in (".json", ".png", ".gif"))))
+
+
 def train(cfg: Config) -> dict:
-    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    """Train, evaluate, draw. -> the summary, also in summary.json. Raises UserError for what a person can mend."""
     check(cfg)
     device, rank, world = start_device(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -949,45 +1066,41 @@ def train(cfg: Config) -> dict:
     seconds, warmup_seconds = fit(cfg, model, optimizer, clips, steps, start, seconds, run_dir, say)
     done = min(steps, cfg.max_steps or steps)
     summary = dict(
-        preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=done, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
-        parameters=parameters, clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+        preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=done, parameters=parameters, device=describe(device),
+        torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
+        clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1),
     )  # fmt: skip
     if rank == 0 and cfg.evaluate:
         summary |= evaluate(model, cfg, clips, run_dir)
     if rank == 0:
-        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        finish(run_dir, summary, device, say)
     return summary
 
 
 def report(summary: dict) -> str:
-    """The final table, beside the published figures (arXiv 2602.03604: Moving MNIST, K = 4)."""
-    s = summary
-    if "map" not in s:
-        return f"{s['steps']} steps in {s['train_seconds']} s"
-    by = lambda name: " ".join(f"{v:.2f}" for v in s[name])
-    rows = [
-        ("", "here", "published"),
-        ("mAP", f"{s['map']:.3f}", ""),
-        ("  in rounds, as published", f"{s['map_rounds']:.3f}", "0.607"),
-        ("AP, 1 .. frames ahead", by("ap"), ".76 to .40"),
-        ("  copy of the last frame", by("ap_copy_last"), ""),
-        ("  constant velocity", by("ap_constant_velocity"), ""),
-        ("  true frames", by("ap_true_frames"), ""),
-        ("effective rank", f"{s['effective_rank']:.1f}", ""),
-        ("training (s); clips/s", f"{s['train_seconds']}; {s['clips_per_second']}", ""),
-    ]
-    return "\n".join(f"{a:<28}{b:<44}{c}" for a, b, c in rows)
+    """The final figures beside the published ones; of long lists the first, the middle and the last."""
+
+    def text(v) -> str:
+        if isinstance(v, list):
+            middle = len(v) // 2
+            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    return "\n".join(f"{name:<30}{here:<48}{published}".rstrip() for name, here, published in rows)
 
 
 def parse(argv: list[str]) -> Config:
     """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
-    known, _ = first.parse_known_args(argv)
-    complaint = io.StringIO()
+    first.add_argument("--run-dir", "--run_dir", default="")
+    complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, args=argv, default=preset(known.preset))
+            known, _ = first.parse_known_args(argv)
+            default = preset(known.preset, run_dir=known.run_dir, resume=resume)
+            return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
             raise
@@ -1006,8 +1119,11 @@ def main() -> None:
             print(report(summary) + "\n" + json.dumps(summary))
     except UserError as error:
         code, message = 2, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
     except OSError as error:
-        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+        what = f"{error.filename or 'writing'}: {error.strerror}"
+        code, message = 2, f"error: {what}; free space or choose another --run-dir"
     except Interrupted as error:
         code, message = 128 + (asked_to_stop or [signal.SIGTERM])[0], str(error)
     if code:

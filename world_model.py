@@ -1,9 +1,9 @@
-"""World-model JEPA: learn what actions do, in latent space, from unlabelled clips; then plan with it towards a goal image.
+"""World-model JEPA: learn what actions do, in latent space, from unlabelled clips; then plan towards a goal image.
 
 A dot moves through two rooms joined by a door. Nothing tells the model what a position, a wall or a door is.
 
     z_t = encode(o_t)                                   IMPALA CNN, LayerNorm
-    y_0 = z_t,  y_k = predict(y_{k-1}, a_{t+k-1})       GRU cell or residual MLP, the encoder's LayerNorm after each step
+    y_0 = z_t,  y_k = predict(y_{k-1}, a_{t+k-1})       GRU cell or residual MLP, then the encoder's LayerNorm
     loss = mean_k |y_k - z_{t+k}|^2                     no stop-gradient; collapse is prevented by
          + 16 variance(z) + 8 covariance(z)             (VICReg, arXiv 2105.04906, in kernels/)
          + 12 |z_t - z_{t+1}|^2                         smooth in time
@@ -11,13 +11,14 @@ A dot moves through two rooms joined by a door. Nothing tells the model what a p
     plan: argmin over a_1..a_H of sum_t cost(y_t, encode(goal image)), by MPPI or CEM, again every few steps
 
 The published recipe (arXiv 2602.03604; preset `paper`) takes |y - goal|^2 for the cost. That is blind to walls: a lean
-planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ in two ways, still without any label:
+planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ, still without any label, mainly in this:
 
-1. Half of the latent must be slow (the similarity term), the other half must tell the action (inverse dynamics). Asked of
-   all features at once, as published, the two compete, and a small encoder keeps the dot and forgets where the door is.
+1. Half of the latent must be slow (the similarity term), the other half must tell the action (inverse dynamics). Asked
+   of all features at once, as published, the two compete, and a small encoder keeps the dot and forgets the door.
 2. The cost is the way to go, in px. While the world model trains, psi learns the *largest* metric in which no step is
    longer than its action: the straight line. Afterwards, latents of many walks in the same rooms are joined where psi
-   says they are near, the shortest path through that graph is the way round the wall (Isomap, Tenenbaum et al. 2000), and
+   says they are near, the shortest path through that graph is the way round the wall (Isomap, Tenenbaum et al. 2000),
+
 
        d(z, z') = |psi(z) - psi(z')| + detour(z, z'),   detour a network that learns what the shortest paths add.
 
@@ -53,10 +54,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import gru_rollout_cost, variance_covariance_loss
+from kernels import gru_rollout_cost, use_triton, variance_covariance_loss
 
 SCRIPT = "world_model"
 TERMS = ("prediction", "variance", "covariance", "similarity", "inverse_dynamics", "distance", "probe")
+METER = ("std_min", "std_mean", "correlation")
+PUBLISHED = {  # arXiv 2602.03604, random wall, MPPI, one data-centre GPU
+    "success_rate": "97 +- 2 of 20 tasks", "episode_seconds_single": "37",
+}  # fmt: skip
 ABLATIONS = ("variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance")
 
 
@@ -72,7 +77,7 @@ class Config:
     overwrite: bool = False  # empty a run folder that exists
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: bool = True  # torch.compile the loss, forward and backward
-    kernels: bool = True  # planner: fused GRU rollouts where they apply; off: step the model's modules
+    kernels: bool = True  # fused Triton losses and GRU rollouts on NVIDIA GPUs; off: plain PyTorch, module by module
     # data
     fixed_wall: bool = False  # wall at x 32, door at y 18 in every episode; off: both random
     clip_frames: int = 17  # consecutive frames of a training clip
@@ -83,7 +88,7 @@ class Config:
     encoder: Literal["impala", "strided"] = "impala"  # strided: one stride-2 convolution a stage, nothing else
     half_resolution: bool = False  # average 2 x 2 pixels of the observation first
     wall_gain: float = 3.0  # contrast of the walls' channel over the published normalisation
-    slow_features: int = 256  # features that the similarity term holds still; the action is read from the rest; 0 = all do both
+    slow_features: int = 256  # features held still by the similarity term; the rest tell the action; 0 = all do both
     predictor: Literal["gru", "residual"] = "residual"  # residual: z + MLP(z, a)
     predictor_width: int = 1024  # hidden units of the residual predictor
     # loss
@@ -133,29 +138,31 @@ class Config:
 PRESETS: dict[str, dict] = {
     "gpu": {},
     "paper": dict(
-        wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, distance_steps=0, predictor="gru", cost="latent",
-        samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
+        wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, predictor="gru", distance_steps=0,
+        cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
         # the reference multiplies costs by 0.005 where a temperature would divide them
         temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
     ),
     "cpu": dict(
-        latent_dim=128, slow_features=64, channels=(16, 32, 64), encoder="strided", half_resolution=True, predictor_width=256,
-        clip_frames=9, batch_size=128, steps=6000, lr=2e-3, samples=64, episodes=100,
+        latent_dim=128, slow_features=64, channels=(16, 32, 64), encoder="strided", half_resolution=True,
+        predictor_width=256, clip_frames=9, batch_size=128, steps=6000, lr=2e-3, samples=64, episodes=100,
         compile=False,  # a minute of compiling saves no time on a CPU (encoder: 40 ms eager, 48 ms compiled)
     ),
     "smoke": dict(
-        latent_dim=32, wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, channels=(8, 8, 16), encoder="strided",
-        half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3, layouts=8, distance_steps=30,
+        latent_dim=32, wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, channels=(8, 8, 16),
+        encoder="strided", half_resolution=True, predictor_width=64, steps=60, batch_size=32, lr=3e-3, layouts=8,
+        distance_steps=30,
         samples=16, iterations=2, elites=4, horizon=6, episodes=6, episode_steps=40, log_every=10, checkpoint_every=20,
         compile=False,
     ),
 }  # fmt: skip
 PLANNER = {
-    "kernels", "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std", "temperature",
-    "action_limit", "smooth", "warm_start", "execute", "replan_every",
+    "kernels", "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std",
+    "temperature", "action_limit", "smooth", "warm_start", "execute", "replan_every",
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = PLANNER | {
-    "run_dir", "resume", "overwrite", "device", "compile", "max_steps", "log_every", "checkpoint_every", "episodes", "episode_steps", "task_seed",
+    "run_dir", "resume", "overwrite", "device", "compile", "max_steps", "log_every", "checkpoint_every", "episodes",
+    "episode_steps", "task_seed",
 }  # fmt: skip
 
 
@@ -182,7 +189,7 @@ MEAN, STD = (0.0026, 0.0989), (0.0369, 0.2986)  # per channel, of observations i
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step). Hashed: the CPU's generator keeps but 32 bits of a seed."""
+    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -198,14 +205,14 @@ class Trajectories(NamedTuple):
 
 
 def random_layout(u: Tensor, fixed_wall: bool = False) -> Layout:
-    """Layouts from u [n, 2], uniform in [0, 1): wall x in 20..44 and door y in 10..54, or 32 and 18 for the fixed wall."""
+    """Layouts from u [n, 2], uniform in [0, 1): wall x in 20..44, door y in 10..54; or 32 and 18, the fixed wall."""
     if fixed_wall:
         return Layout(*(torch.full_like(u[:, 0], v) for v in (32.0, 18.0)))
     return Layout(20 + (25 * u[:, 0]).floor(), 10 + (45 * u[:, 1]).floor())
 
 
 def obstacles(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Lower and upper corners, each [N, 6, 2], of all that is solid: four borders, the wall on both sides of the door."""
+    """Lower and upper corners [N, 6, 2] of all that is solid: four borders, the wall on both sides of the door."""
     x, y = layout
     far = torch.full_like(x, torch.inf)
     low, high = torch.full_like(x, LOW), torch.full_like(x, HIGH)
@@ -247,8 +254,8 @@ def move(position: Tensor, action: Tensor, boxes: tuple[Tensor, Tensor], noise: 
 
 
 def random_position(layout: Layout, margin: float, side: Tensor, u: Tensor) -> Tensor:
-    """Positions [N, 2] from u [N, 2], uniform in [0, 1): in the left (side 0) or right (side 1) room [N], at least `margin`
-    px from walls."""
+    """Positions [N, 2] from u [N, 2], uniform in [0, 1): in the left (side 0) or right (side 1) room [N], at least
+    `margin` px from walls."""
     low = torch.where(side == 0, LOW, layout.wall_x + WALL_HALF) + margin
     high = torch.where(side == 0, layout.wall_x - WALL_HALF, HIGH) - margin
     return torch.stack((low + u[:, 0] * (high - low), LOW + margin + u[:, 1] * (HIGH - LOW - 2 * margin)), 1)
@@ -296,7 +303,8 @@ def trajectories(n: int, steps: int, generator: torch.Generator, fixed_wall=Fals
     path = torch.stack(path, 1)  # [n + k, steps + 1, 2]
     path, back, action, back_action = path[:n], path[n:], action[:n], action[n:]
     undo = torch.where((back[:, 1:] == back[:, :-1]).all(2, keepdim=True), back_action, -back_action)
-    t, at = torch.arange(steps + 1, device=device), torch.randint(0, steps + 1, (k, 1), generator=generator, device=device)
+    t = torch.arange(steps + 1, device=device)
+    at = torch.randint(0, steps + 1, (k, 1), generator=generator, device=device)
     pick = lambda x, index: x.gather(1, index.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, 2))
     later = (t >= at)[..., None]  # `at`: when the dot is in the door
     path[cross] = torch.where(later, pick(path[cross], t - at), pick(back, at - t))
@@ -347,10 +355,10 @@ class ClipStream:
             self.frames = (begin + torch.arange(cfg.clip_frames, device=g.device)[:, None]).expand(-1, -1, 2)
         share = cfg.batch_size // self.world
         first = index * cfg.batch_size + self.rank * share
-        path, action, layout, frames = (
-            x[first : first + share] for x in (self.data.position, self.data.action, torch.stack(self.data.layout, 1), self.frames)
-        )
-        return Trajectories(path.gather(1, frames), action.gather(1, frames[:, :-1]), Layout(*layout.unbind(1)))
+        mine = slice(first, first + share)
+        path, action, frames = (x[mine] for x in (self.data.position, self.data.action, self.frames))
+        layout = Layout(*(x[mine] for x in self.data.layout))
+        return Trajectories(path.gather(1, frames), action.gather(1, frames[:, :-1]), layout)
 
 
 class TwoRooms:
@@ -373,8 +381,8 @@ class TwoRooms:
         self.noise.manual_seed(seed)
 
     def reset(self, seed: int | None = None) -> tuple[Tensor, dict]:
-        """New layouts and tasks: start and goal in different rooms, at least 2.6 px from walls. The first n tasks of a seed
-        are the same for any batch and device."""
+        """New layouts and tasks: start and goal in different rooms, at least 2.6 px from walls. The first n tasks of a
+        seed are the same for any batch and device."""
         if seed is not None:
             self.seed(seed)
         u = torch.rand(self.batch, 7, generator=self.tasks).to(self.device)
@@ -386,9 +394,9 @@ class TwoRooms:
         return self.observe()
 
     def observe(self) -> tuple[Tensor, dict]:
-        info = dict(position=self.position, goal=self.goal, wall_x=self.layout.wall_x, door_y=self.layout.door_y)
-        success = (self.position - self.goal).norm(dim=1) < SUCCESS_PX
-        return render(self.position[:, None], self.layout)[:, 0], {**info, "success": success, "goal_obs": self.goal_obs}
+        info = dict(position=self.position, goal=self.goal, **self.layout._asdict(), goal_obs=self.goal_obs)
+        info["success"] = (self.position - self.goal).norm(dim=1) < SUCCESS_PX
+        return render(self.position[:, None], self.layout)[:, 0], info
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.position.device)
@@ -510,7 +518,7 @@ class WorldModel(nn.Module):
         return 32 + 16 * self.probe(z).float()
 
     def distance(self, z: Tensor, goal: Tensor, psi: Tensor | None = None) -> Tensor:
-        """Latents [..., D] and goals that broadcast to them -> the way round the wall, in px [...]; psi(z) if at hand."""
+        """Latents [..., D], goals that broadcast to them -> the way round the wall, in px [...]; psi(z) if at hand."""
         return metric(self.psi(z) if psi is None else psi, self.psi(goal)) + self.detour(z, goal)
 
 
@@ -526,7 +534,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def gather(z: Tensor) -> Tensor:
-    """Rows of all processes. Gradients are averaged over processes, and each sees its own rows alone: hence times world."""
+    """Rows of all processes. Gradients are averaged over them, and each sees its own rows alone: hence times world."""
     if not dist.is_initialized():
         return z
     rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -546,7 +554,7 @@ def step_metric_loss(psi: Tensor, action: Tensor) -> Tensor:
 
 
 def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """-> total loss (0-d, to differentiate), the terms [7] in the order of TERMS (detached), latents [B T, D] (detached)."""
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T, D] (detached)."""
     (B, T, _), device = batch.position.shape, batch.position.device
     off = {a: a in cfg.ablate for a in ABLATIONS}
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -585,8 +593,8 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread a batch of latents [N, D] is: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the
-    entropy of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
+    """How spread latents [N, D] are: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the entropy
+    of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
     z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
     z = z - z.mean(0)
     std = z.std(0)
@@ -611,7 +619,7 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: WorldModel, cfg: Config) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=next(model.parameters()).device.type != "mps")
+    return torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
 def update(model: WorldModel, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -648,7 +656,7 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
     from scipy.sparse.csgraph import dijkstra
 
     g, K, rooms = seeded(torch.Generator(device), "distance", cfg.seed), 16, []
-    for _ in tqdm(range(cfg.layouts), desc="shortest paths", leave=False, disable=not sys.stderr.isatty()):
+    for _ in progress(range(cfg.layouts), "shortest paths"):
         stop_if_asked()
         data = trajectories(cfg.walks, cfg.trajectory_steps, g, cfg.fixed_wall, per_layout=cfg.walks)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
@@ -674,8 +682,9 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
     paths = shortest_paths(model, cfg, device)
     (L, n, _), g = paths.z.shape, seeded(torch.Generator(device), "pairs", cfg.seed)
     optimizer = torch.optim.AdamW(model.detour.parameters(), 1e-3)
-    error, draw = torch.zeros((), device=device), lambda high: torch.randint(0, high, (batch,), generator=g, device=device)
-    for step in tqdm(range(cfg.distance_steps), desc="distance", leave=False, disable=not sys.stderr.isatty()):
+    error = torch.zeros((), device=device)
+    draw = lambda high: torch.randint(0, high, (batch,), generator=g, device=device)
+    for step in progress(range(cfg.distance_steps), "distance"):
         stop_if_asked()
         room, s, i = draw(L), draw(paths.source.shape[1]), draw(n)
         z, goal = paths.z[room, i].float(), paths.z[room, paths.source[room, s]].float()
@@ -696,8 +705,8 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
 
 # --------------------------------------------------------------------------------------------------------- planning
 def imagine(model: WorldModel, cfg: Config, z: Tensor, psi: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [N, D] and their psi [N, 64] after actions [N, 2]. A step that psi finds much shorter than its action has met
-    something solid and is not taken, as in the training data: a mean-square predictor lets the dot sink into walls."""
+    """Latents [N, D] and their psi [N, 64] after actions [N, 2]. A step that psi finds much shorter than its action has
+    met something solid and is not taken, as in the training data: a mean-square predictor sinks into walls."""
     after = model.predict(z, action)
     if cfg.cost == "latent":
         return after, psi
@@ -707,7 +716,7 @@ def imagine(model: WorldModel, cfg: Config, z: Tensor, psi: Tensor, action: Tens
 
 
 def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
-    """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] towards goal latents [E, D], all rolled out in one batch."""
+    """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] to goal latents [E, D], all rolled out in one batch."""
     E, S, H, _ = actions.shape
     if cfg.kernels and cfg.cost == "latent" and not model.residual:
         gru, norm = model.predictor, model.encoder.norm
@@ -719,8 +728,10 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
         z, psi = imagine(model, cfg, z, psi, action)
         if cfg.objective == "sum" or t == H - 1:
             at = z.view(E, S, -1)
-            to_go = model.distance(at, goal, psi.view(E, S, -1)) if cfg.cost == "distance" else (at - goal).float().square().mean(2)
-            cost = cost + to_go
+            if cfg.cost == "distance":
+                cost = cost + model.distance(at, goal, psi.view(E, S, -1))
+            else:
+                cost = cost + (at - goal).float().square().mean(2)
     return cost
 
 
@@ -750,7 +761,7 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generato
         actions = limit_norm(actions, cfg.action_limit)
         cost, index = cost_of(model, cfg, state, actions, goal).topk(cfg.elites, dim=1, largest=False)
         elites = actions.gather(1, index[:, :, None, None].expand(-1, -1, H, 2))  # [E, elites, H, 2]
-        weight = torch.softmax(-cost / cfg.temperature, 1) if cfg.planner == "mppi" else torch.ones_like(cost) / cfg.elites
+        weight = torch.softmax(-cost / (cfg.temperature if cfg.planner == "mppi" else torch.inf), 1)  # cem: equal
         best, w = elites[:, 0], weight[:, :, None, None]
         mean = (w * elites).sum(1)
         std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=0.05)
@@ -782,11 +793,12 @@ class Agent:
         """
         obs, goal_obs = (torch.as_tensor(x, device=self.device) for x in (obs, goal_obs))
         if obs.ndim != 4 or obs.shape[1:] != (2, SIZE, SIZE) or goal_obs.shape != obs.shape:
-            raise ValueError(f"obs and goal_obs must be [E, 2, 65, 65], got {tuple(obs.shape)}, {tuple(goal_obs.shape)}")
+            shapes = f"{tuple(obs.shape)}, {tuple(goal_obs.shape)}"
+            raise ValueError(f"obs and goal_obs must be [E, 2, 65, 65], got {shapes}")
         if steps_left < 1:
             raise ValueError(f"steps_left must be at least 1, got {steps_left}")
         if self.mean is not None and len(self.mean) != len(obs):
-            raise ValueError(f"the plan is for {len(self.mean)} episodes, obs for {len(obs)}: call reset() between batches")
+            raise ValueError(f"a plan for {len(self.mean)} episodes, obs of {len(obs)}: call reset() between batches")
         if self.mean is None or self.age >= min(self.cfg.replan_every, self.mean.shape[1]):
             self.replan(obs, goal_obs, min(self.cfg.horizon, int(steps_left)))
         self.age += 1
@@ -857,7 +869,7 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
     env = TwoRooms(episodes, cfg.task_seed, cfg.fixed_wall, cfg.episode_steps, device)
     obs, info = env.reset()
     path, plans, seconds = [info["position"]], [], 0.0
-    for t in tqdm(range(cfg.episode_steps), desc="planning", leave=False, disable=agent is None or not sys.stderr.isatty()):
+    for t in progress(range(cfg.episode_steps), "planning"):
         stop_if_asked()
         left = cfg.episode_steps - t
         synchronize(device)
@@ -961,13 +973,14 @@ def draw_episodes(path: Path, run: Episodes, scale: int = 4, columns: int = 3) -
             x, y = at(run.goal[n])
             r = SUCCESS_PX * scale
             pen.ellipse((x - r, y - r, x + r, y + r), outline=ORANGE, width=2)
-            pen.text(at(torch.tensor([1.0, 0.0])), f"task {n}  step {t}" + ("  at goal" if near[n, t] else ""), fill="black")
+            reached = "  at goal" if near[n, t] else ""
+            pen.text(at(torch.tensor([1.0, 0.0])), f"task {n}  step {t}{reached}", fill="black")
         frames.append(sheet.quantize(64))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [1500], loop=0)
 
 
 def draw_unroll(path: Path, data: Trajectories, decoded: Tensor, scale: int = 3) -> None:
-    """GIF: above, true trajectories; below, what the probe reads from latents predicted open-loop from the first frame."""
+    """GIF: above, true trajectories; below, what the probe reads from latents predicted from the first frame on."""
     from PIL import ImageDraw
 
     frames = []
@@ -995,10 +1008,10 @@ def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
     for part, (tasks, name, colour) in zip(figure.subfigures(2, 1, height_ratios=rows), groups):
         count = int(good.sum()) if name != "failed" else int((~good).sum())
         part.suptitle(f"{name}: {count} of {len(good)} tasks" + (f", {len(tasks)} shown" if count > len(tasks) else ""))
-        for axis, n in zip(part.subplots(max(1, math.ceil(len(tasks) / 8)), 8, squeeze=False).flat, [*tasks.tolist(), *[-1] * 16]):
+        axes = list(part.subplots(max(1, math.ceil(len(tasks) / 8)), 8, squeeze=False).flat)
+        for axis in axes:
             axis.set_axis_off()
-            if n < 0:
-                continue
+        for axis, n in zip(axes, tasks.tolist()):
             layout = Layout(*(x[n : n + 1] for x in run.layout))
             axis.imshow(paint(run.position[n, :1], run.goal[n : n + 1], layout)[0].numpy())
             axis.plot(*run.position[n].T.numpy(), color=[c / 255 for c in colour], lw=1)
@@ -1007,42 +1020,47 @@ def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
-    """curves.png (training), unroll.png (error against horizon), success.png (success against step)."""
+def draw_lines(path: Path, panels: list[tuple]) -> None:
+    """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
     from matplotlib.figure import Figure
 
-    def save(name, panels):
-        figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
-        for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            for label, x, y, style in lines:
-                axis.plot(x, y, style, label=label, lw=1.5)
-            axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, framealpha=0.6, loc="best")
-        figure.savefig(run_dir / name, dpi=110)
+    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, x, y, style in lines:
+            axis.plot(x, y, style, label=label, lw=1.5)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, framealpha=0.6)
+    figure.savefig(path, dpi=110)
 
+
+def draw_curves(run_dir: Path) -> None:
+    """curves.png: loss terms, collapse meter, effective rank against the step."""
     log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    x = [r["step"] for r in log]
-    terms = [(t, x, [abs(r[t]) for r in log], "-") for t in TERMS if t != "distance"]
-    meter = [(k, x, [r[k] for r in log], "-") for k in ("std_min", "std_mean", "correlation")]
-    rank = [("effective rank", x, [r["effective_rank"] for r in log], "-")]
-    loss, step = ("optimiser step", "loss term", "log", terms), "optimiser step"
-    save("curves.png", [loss, (step, "feature std; |correlation|", "linear", meter), (step, "effective rank", "linear", rank)])
-    h = range(1, len(unroll["position_error_px"]) + 1)
-    names = [("predicted", "", "-"), ("copy of the first frame", "copy_", "--")]
-    px = [(label, h, unroll[key + "error_px" if key else "position_error_px"], s) for label, key, s in names]
-    latent = [(label, h, unroll[key + ("latent_error")], s) for label, key, s in names]
-    horizon = "steps predicted open-loop"
-    save("unroll.png", [(horizon, "position error (px)", "linear", px), (horizon, "latent error (mean square)", "linear", latent)])
+    x, step = [r["step"] for r in log], "optimiser step"
+    lines = lambda *names: [(name, x, [r[name] for r in log], "-") for name in names if max(r[name] for r in log) > 0]
+    panels = [(step, "loss term", "log", lines(*TERMS)), (step, "collapse meter", "linear", lines(*METER))]
+    draw_lines(run_dir / "curves.png", [*panels, (step, "effective rank", "linear", lines("effective_rank"))])
+
+
+def draw_results(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
+    """unroll.png (error against horizon) and success.png (success against step)."""
+    x = range(1, len(unroll["position_error_px"]) + 1)
+    pair = lambda name, copy: [("predicted", x, unroll[name], "-"), ("copy of the first frame", x, unroll[copy], "--")]
+    horizon, px = "steps predicted open-loop", pair("position_error_px", "copy_error_px")
+    panels = [(horizon, "position error (px)", "linear", px)]
+    panels += [(horizon, "latent error (mean square)", "linear", pair("latent_error", "copy_latent_error"))]
+    draw_lines(run_dir / "unroll.png", panels)
     if runs:
-        share = {k: 100 * run.near().float().mean(0) for k, run in runs.items()}
-        style = dict(agent="-", straight="--", random=":")
-        lines = [(k, range(len(v)), v.tolist(), style[k]) for k, v in share.items()]
-        save("success.png", [("environment step", "within 4.5 px of the goal (%)", "linear", lines)])
+        share = {name: (100 * run.near().float().mean(0)).tolist() for name, run in runs.items()}
+        styles = dict(agent="-", straight="--", random=":")
+        lines = [(name, range(len(y)), y, styles[name]) for name, y in share.items()]
+        draw_lines(run_dir / "success.png", [("environment step", "within 4.5 px of the goal (%)", "linear", lines)])
 
 
 # ------------------------------------------------------------------------------------------- checkpoint and logging
 FORMAT = f"nanojepa/{SCRIPT}/1"
+ADVICE = "the last checkpoint, if any, is kept; try a smaller --lr"
 asked_to_stop: list[int] = []  # signals received
 
 
@@ -1054,6 +1072,11 @@ def note_signal(number: int, _) -> None:
     """Obeyed at the next safe place; the second one ends the process at once."""
     asked_to_stop.append(number)
     signal.signal(number, signal.SIG_DFL)
+
+
+def progress(things, what: str):
+    """The things, with a progress bar where somebody is looking."""
+    return tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def stop_if_asked() -> None:
@@ -1101,28 +1124,32 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    use_triton(None if cfg.kernels else False)
     return device, rank, world
 
 
+def run_folder(cfg: Config) -> Path:
+    """cfg.run_dir, or the first free runs/<script>/<preset>-<n>; with resume or overwrite the last one taken."""
+    if cfg.run_dir:
+        return Path(cfg.run_dir)
+    numbered = lambda n: Path("runs") / SCRIPT / f"{cfg.preset}-{n}"
+    n = next(n for n in range(1, 10**6) if not numbered(n).exists())
+    return numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+
+
 def open_run_dir(cfg: Config) -> Path:
-    """The run folder, made ready: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
+    """The run folder: fresh, emptied on --overwrite, or as it was on --resume. The first process does it for all."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.broadcast_object_list(told := [None])
         return told[0]
-    base = Path("runs") / SCRIPT
-    numbered = lambda n: base / f"{cfg.preset}-{n}"
-    if cfg.run_dir:
-        path = Path(cfg.run_dir)
-    else:
-        n = next(n for n in range(1, 10**6) if not numbered(n).exists())
-        path = numbered(max(1, n - 1) if cfg.resume or cfg.overwrite else n)
+    path = run_folder(cfg)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file")
     config = path / "config.json"
     used = config.exists() and FORMAT in config.read_text(errors="replace")
     if cfg.resume and not used:
         raise UserError(f"--resume: there is no run in {path}")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--run-dir {path} is a file")
-    if path.exists() and any(path.iterdir()) and not cfg.resume:
+    if not cfg.resume and path.exists() and any(path.iterdir()):
         if not used:
             raise UserError(f"--run-dir {path} holds other things than a run; choose another")
         if not cfg.overwrite:
@@ -1134,14 +1161,17 @@ def open_run_dir(cfg: Config) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name first, flushed to disk, then renamed: a reader never sees half a file."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Under a temporary name first, flushed to disk, then renamed: nobody ever sees half a file. The old file stays
+    as `previous`, if given."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -1152,27 +1182,20 @@ def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, tra
     """checkpoint.pt, the one before it kept as previous.pt. Data and schedule are functions of (seed, step)."""
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=step, train_seconds=train_seconds)
     state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-    buffer, path = io.BytesIO(), run_dir / "checkpoint.pt"
-    torch.save(state, buffer)
-    if path.exists():  # a link beside it, so that there is a checkpoint.pt at every moment
-        spare = run_dir / "previous.pt.tmp"
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without links
-            shutil.copy2(path, spare)
-        os.replace(spare, run_dir / "previous.pt")
-    write_atomically(path, buffer.getvalue())
+    torch.save(state, buffer := io.BytesIO())
+    write_atomically(run_dir / "checkpoint.pt", buffer.getvalue(), run_dir / "previous.pt")
 
 
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """The content of a checkpoint. Raises UserError, offering the previous one, if it is not a sound one of this script."""
+    """The content of a checkpoint. Raises UserError, offering the previous one, if it is damaged or foreign."""
     previous = path.with_name("previous.pt")
-    offer = f"; the one before it is whole: mv {previous} {path}" if path.name != previous.name and previous.exists() else ""
+    if not path.exists() and previous.exists():  # stopped between the two renames of write_atomically
+        path = previous
+    offer = f"; the one before it is kept: mv {previous} {path}" if path != previous and previous.exists() else ""
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}{offer}") from None
+        raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}){offer}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -1185,11 +1208,21 @@ def from_saved(config: dict) -> Config:
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the checkpoint is of another version of this script ({error})") from None
+        raise UserError(f"the run is of another version of this script ({error})") from None
+
+
+def resumed(cfg: Config) -> Config:
+    """What the run in cfg's folder was started with, so that --resume needs no other flag."""
+    folder = run_folder(cfg)
+    try:
+        saved = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"--resume: there is no run in {folder}") from None
+    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
-    """Put a checkpoint back; the command line must agree with it in all that shapes training. -> step, seconds so far."""
+    """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
     saved = from_saved(state["config"])
     for field in dataclasses.fields(Config):
@@ -1203,7 +1236,7 @@ def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, flo
 
 
 def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
-    """The agent of a checkpoint (file or run folder): `load("runs/world_model/cpu-1", samples=256).act(obs, goal, left)`.
+    """The agent of a checkpoint (file or run folder): `load("runs/world_model/cpu-1", samples=256).act(obs, goal, 9)`.
 
     `planner`: any planner field of Config. Raises UserError for a bad checkpoint, TypeError for an unknown option.
     """
@@ -1225,8 +1258,9 @@ def check(cfg: Config) -> Config:
             raise UserError(f"{flag(name)} must be a finite number, got {value}")
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{flag(name)} must not be negative, got {value}")
-    positive = ("clip_frames trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations elites "
-                "horizon init_std temperature replan_every layouts walks join wall_gain episode_steps log_every checkpoint_every")  # fmt: skip
+    positive = """clip_frames trajectory_steps latent_dim predictor_width rollout steps lr grad_clip samples iterations
+        elites horizon init_std temperature replan_every layouts walks join wall_gain episode_steps log_every
+        checkpoint_every"""
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
@@ -1234,15 +1268,15 @@ def check(cfg: Config) -> Config:
         (cfg.batch_size >= 2, f"--batch-size {cfg.batch_size}: variance needs at least 2 clips"),
         (min(cfg.channels) > 0, f"--channels must be greater than 0, got {cfg.channels}"),
         (cfg.latent_dim > 1, "--latent-dim must be at least 2"),
-        (cfg.rollout < cfg.clip_frames, f"--rollout {cfg.rollout} does not fit in --clip-frames {cfg.clip_frames}: at most one less"),
-        (cfg.clip_frames <= cfg.trajectory_steps + 1, f"--clip-frames {cfg.clip_frames} is longer than the trajectory of {cfg.trajectory_steps} steps"),
+        (cfg.rollout < cfg.clip_frames, f"--rollout {cfg.rollout} does not fit in --clip-frames {cfg.clip_frames}"),
+        (cfg.clip_frames <= cfg.trajectory_steps + 1, f"--clip-frames {cfg.clip_frames} is longer than the trajectory"),
         (cfg.elites <= cfg.samples, f"--elites {cfg.elites} is more than --samples {cfg.samples}"),
         (cfg.samples >= 2, f"--samples {cfg.samples}: planning needs at least 2"),
-        (cfg.slow_features < cfg.latent_dim, f"--slow-features {cfg.slow_features} leaves none of --latent-dim {cfg.latent_dim} to tell the action"),
+        (cfg.slow_features < cfg.latent_dim, "--slow-features leaves none of --latent-dim to tell the action"),
         (cfg.smooth < 1, f"--smooth must be below 1, got {cfg.smooth}"),
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
-        (cfg.cost != "distance" or cfg.distance_steps, "--cost distance with --distance-steps 0: nothing was learnt to plan with; add --cost latent"),
-        (cfg.cost != "distance" or "distance" not in cfg.ablate, "--ablate distance leaves nothing to plan with: add --cost latent"),
+        (cfg.cost == "latent" or cfg.distance_steps, "--distance-steps 0 needs --cost latent"),
+        (cfg.cost == "latent" or "distance" not in cfg.ablate, "--ablate distance needs --cost latent"),
     ]  # fmt: skip
     for fine, message in rules:
         if not fine:
@@ -1253,15 +1287,25 @@ def check(cfg: Config) -> Config:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name.group(1) if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    import resource  # not there on Windows
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
 def write_config(run_dir: Path, cfg: Config, device: torch.device) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), versions=versions, device=describe(device), commit=commit)
+    facts = dict(format=FORMAT, config=dataclasses.asdict(cfg), device=describe(device), commit=commit)
+    facts["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
     write_atomically(run_dir / "config.json", json.dumps(facts, indent=1).encode())
 
 
@@ -1274,9 +1318,10 @@ def trim_metrics(path: Path, step: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- training
 def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
-    """The loss function to call, compiled if wanted and possible, and warmed up on a batch without touching any state."""
+    """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
-    for function in (torch.compile(losses, fullgraph=not dist.is_initialized(), dynamic=False), losses)[not cfg.compile :]:
+    whole = not dist.is_initialized()  # collectives break the graph
+    for function in (torch.compile(losses, fullgraph=whole, dynamic=False), losses)[not cfg.compile :]:
         try:
             function(model, cfg, batch, amp)[0].backward()
             break
@@ -1287,8 +1332,10 @@ def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
     return function, time.perf_counter() - begin
 
 
-def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or to cfg.max_steps. -> seconds of training, of warm-up."""
+def fit(
+    cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
+) -> tuple[float, float]:
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -1300,7 +1347,7 @@ def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: i
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
     clock, logged, terms = time.perf_counter(), start, None
-    bar = tqdm(total=end, initial=start, desc="training", unit="step", disable=not main or not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=end, initial=start, desc="training", leave=False, disable=not main or not sys.stderr.isatty())
     for step in range(start, end + 1):
         last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)
         if stop and terms is None:
@@ -1312,12 +1359,11 @@ def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: i
             seconds += (took := time.perf_counter() - clock)
             if (at := bad_step.item()) >= 0:
                 names = [n for n, v in zip(TERMS, bad.tolist()) if not math.isfinite(v)] or ["the sum"]
-                kept = "the last checkpoint is kept" if (run_dir / "checkpoint.pt").exists() else "nothing was saved yet"
-                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {kept}; try a smaller --lr")
-            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # the loss was fine, its gradient was not
-                raise UserError(f"NaN or Inf in the weights at step {step}; the last checkpoint, if any, is kept; try a smaller --lr")
+                raise UserError(f"NaN or Inf at step {at} in {', '.join(names)}; {ADVICE}")
+            if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # loss fine, gradient not
+                raise UserError(f"NaN or Inf in the weights at step {step}; {ADVICE}")
             if main and (last or step % cfg.log_every == 0):
-                log_step(run_dir, cfg, step, steps, values, latents, took / max(1, step - logged), end, say)
+                log_step(run_dir, cfg, step, steps, end, values, latents, took / max(1, step - logged), say)
             if main and (last or stop or step % cfg.checkpoint_every == 0):
                 save_checkpoint(run_dir, cfg, model, optimizer, step, seconds)
             logged = step
@@ -1338,17 +1384,21 @@ def fit(cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: i
     return seconds, warmup_seconds
 
 
-def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[float], latents: Tensor, seconds: float, end: int, say) -> None:
+def log_step(
+    run_dir: Path, cfg: Config, step: int, steps: int, end: int, values: list, latents: Tensor, seconds: float, say
+) -> None:
     """One line for people, one object in metrics.jsonl, and a warning when the latents collapse."""
     meter, terms = collapse_meter(latents), dict(zip((*TERMS, "loss"), values))
     rate, lr = cfg.batch_size / max(seconds, 1e-9), learning_rate(cfg, step - 1, steps)
     parts = " ".join(f"{n[:4]} {v:.3f}" for n, v in terms.items() if n != "loss")
     say(
-        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms | {rate:.0f} clips/s"
-        f" | rank {meter['effective_rank']:.0f}/{latents.shape[1]} | eta {(end - step) * seconds / 60:.1f}m"
+        f"step {step:05d}/{steps} | loss {terms['loss']:.4f} | {parts} | lr {lr:.1e} | {1e3 * seconds:.0f} ms"
+        f" | {rate:.0f} clips/s | rank {meter['effective_rank']:.0f}/{latents.shape[1]}"
+        f" | eta {(end - step) * seconds / 60:.1f}m"
     )
     if meter["std_min"] < 0.05 or meter["effective_rank"] < 0.03 * cfg.latent_dim:
-        say(f"  collapsing: smallest std {meter['std_min']:.3f}, rank {meter['effective_rank']:.1f}: raise --variance-weight")
+        found = f"smallest std {meter['std_min']:.3f}, rank {meter['effective_rank']:.1f}"
+        say(f"  collapsing: {found}: raise --variance-weight")
     elif meter["correlation"] > 0.5:
         say(f"  collapsing: mean |correlation| {meter['correlation']:.2f}: raise --covariance-weight")
     record = dict(step=step, lr=lr, milliseconds=1e3 * seconds, clips_per_second=rate, **terms, **meter)
@@ -1356,8 +1406,17 @@ def log_step(run_dir: Path, cfg: Config, step: int, steps: int, values: list[flo
         file.write(json.dumps(record) + "\n")
 
 
+def finish(run_dir: Path, summary: dict, device: torch.device, say) -> None:
+    """summary.json, the evaluation's line in metrics.jsonl, and where the figures are."""
+    summary["peak_memory_gib"] = peak_memory(device)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(dict(step=summary["steps"], evaluation=summary)) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    say(f"{run_dir}: " + ", ".join(sorted(p.name for p in run_dir.iterdir() if p.suffix in (".json", ".png", ".gif"))))
+
+
 def train(cfg: Config) -> dict:
-    """Train, evaluate, draw. -> the summary that is also in summary.json. Raises UserError for what a person can mend."""
+    """Train, evaluate, draw. -> the summary, also in summary.json. Raises UserError for what a person can mend."""
     check(cfg)
     device, rank, world = start_device(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -1376,19 +1435,20 @@ def train(cfg: Config) -> dict:
     seconds, warmup_seconds = fit(cfg, model, optimizer, clips, cfg.steps, start, seconds, run_dir, say)
     done = min(cfg.steps, cfg.max_steps or cfg.steps)
     summary = dict(
-        preset=cfg.preset, seed=cfg.seed, steps=done, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
-        parameters=parameters, clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1), device=describe(device), torch=torch.__version__,
+        preset=cfg.preset, seed=cfg.seed, steps=done, parameters=parameters, device=describe(device),
+        torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
+        clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1),
     )  # fmt: skip
     if rank == 0 and cfg.cost == "distance" and cfg.distance_steps:
         begin = time.perf_counter()
         summary["distance_error_px"] = round(fit_distance(model, cfg, device), 3)
         took = round(time.perf_counter() - begin, 1)
         summary |= dict(distance_seconds=took, train_seconds=round(seconds + took, 1))
-        say(f"distance: {cfg.layouts} rooms, {cfg.distance_steps} steps | {took} s | {summary['distance_error_px']:.1f} px off the shortest paths")
+        say(f"distance: {summary['distance_error_px']:.1f} px off the shortest paths of {cfg.layouts} rooms | {took} s")
         save_checkpoint(run_dir, cfg, model, optimizer, done, seconds)
     if rank == 0:
         summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
-        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        finish(run_dir, summary, device, say)
     return summary
 
 
@@ -1402,7 +1462,8 @@ def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path
         result = collapse_meter(model.encode(render(batch.position, batch.layout).flatten(0, 1))) | unroll
     planning, runs = evaluate_planning(model, cfg, device) if cfg.episodes else ({}, {})
     result |= planning | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
-    draw_curves(run_dir, unroll, runs)
+    draw_curves(run_dir)
+    draw_results(run_dir, unroll, runs)
     draw_unroll(run_dir / "unroll.gif", example, decoded)
     if runs:
         draw_map(run_dir / "map.png", runs["agent"])
@@ -1411,24 +1472,16 @@ def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path
 
 
 def report(summary: dict) -> str:
-    """The final table, beside the published figures (arXiv 2602.03604, random wall, MPPI)."""
-    s, rows = summary, [("", "here", "published")]
-    if s.get("episodes"):
-        low, high = s["success_interval"]
-        rows += [
-            (f"success, last step (%, {s['episodes']} tasks)", f"{s['success_rate']} [{low}, {high}]", "97 +- 2 (20 tasks)"),
-            ("success, any step (%)", f"{s['success_rate_any']}", ""),
-            ("random actions; straight line (%)", f"{s['random_success_rate']}; {s['straight_line_success_rate']}", ""),
-            ("seconds per episode: batched; alone", f"{s['episode_seconds']}; {s['episode_seconds_single']}", "37 (GPU)"),
-        ]
-    error = s["position_error_px"]
-    ahead = [h for h in (1, 8, 16, 32, 60, 90) if h <= len(error)]
-    rows += [
-        (f"position error after {', '.join(map(str, ahead))} steps (px)", ", ".join(f"{error[h - 1]:.1f}" for h in ahead), ""),
-        ("effective rank", f"{s['effective_rank']:.1f}", ""),
-        ("training (s); clips/s", f"{s['train_seconds']}; {s['clips_per_second']}", ""),
-    ]
-    return "\n".join(f"{a:<52}{b:<28}{c}" for a, b, c in rows)
+    """The final figures beside the published ones; of long lists the first, the middle and the last."""
+
+    def text(v) -> str:
+        if isinstance(v, list):
+            middle = len(v) // 2
+            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    return "\n".join(f"{name:<30}{here:<48}{published}".rstrip() for name, here, published in rows)
 
 
 def parse(argv: list[str]) -> Config:
@@ -1436,11 +1489,13 @@ def parse(argv: list[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
     first.add_argument("--planner")
-    known, _ = first.parse_known_args(argv)
-    complaint = io.StringIO()
+    first.add_argument("--run-dir", "--run_dir", default="")
+    complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, args=argv, default=preset(known.preset, known.planner))
+            known, _ = first.parse_known_args(argv)
+            default = preset(known.preset, known.planner, run_dir=known.run_dir, resume=resume)
+            return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
             raise
@@ -1459,8 +1514,11 @@ def main() -> None:
             print(report(summary) + "\n" + json.dumps(summary))
     except UserError as error:
         code, message = 2, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
     except OSError as error:
-        code, message = 2, f"error: {error.filename or 'writing'}: {error.strerror}; free space or choose another --run-dir"
+        what = f"{error.filename or 'writing'}: {error.strerror}"
+        code, message = 2, f"error: {what}; free space or choose another --run-dir"
     except Interrupted as error:
         code, message = 128 + (asked_to_stop or [signal.SIGTERM])[0], str(error)
     if code:

@@ -9,63 +9,89 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WORLD_MODEL = """| run | hardware | training, min | success, % [95 %] (tasks) | ever at the goal, % | random; straight line, % | position error after 1 / 8 / 32 steps, px | s per episode, batched; alone |
-|---|---|---|---|---|---|---|---|"""
-IMAGE_JEPA = """| run | data | hardware | training, min (epochs) | linear probe, % | online probe, % | kNN, k = 20; 200, % | untrained encoder, linear; kNN, % | effective rank |
-|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = {  # heading -> its cell, from a summary
+    "world_model": {
+        "run": "{name}",
+        "hardware": "{device}",
+        "training, min": "{minutes:.1f}",
+        "success, % [95 %] (tasks)": "{success_rate} {success_interval} ({episodes})",
+        "ever at the goal, %": "{success_rate_any}",
+        "random; straight line, %": "{random_success_rate}; {straight_line_success_rate}",
+        "position error after 1 / 8 / 32 steps, px": "{position_error_px[0]:.1f} / {position_error_px[7]:.1f} / {position_error_px[31]:.1f}",
+        "s per episode, batched; alone": "{episode_seconds:.2f}; {episode_seconds_single:.2f}",
+    },
+    "image_jepa": {
+        "run": "{name}, {loss}",
+        "data": "{data_name}",
+        "hardware": "{device}",
+        "training, min (epochs)": "{minutes:.1f} ({epochs:.2g})",
+        "linear probe, %": "{linear_accuracy}",
+        "online probe, %": "{online_accuracy}",
+        "kNN, k = 20; 200, %": "{knn20_accuracy}; {knn_accuracy}",
+        "untrained encoder, linear; kNN, %": "{random_encoder_accuracy}; {random_encoder_knn_accuracy}",
+        "effective rank": "{effective_rank:.0f}",
+    },
+    "video_jepa": {
+        "run": "{name}",
+        "data": "{data_name}",
+        "hardware": "{device}",
+        "training, min": "{minutes:.1f}",
+        "mAP": "{map:.3f}",
+        "AP 1 .. 7 frames ahead": "{ap[0]:.2f} .. {ap[6]:.2f}",
+        "in rounds, as published": "{map_rounds:.3f}",
+        "last frame": "{copy:.3f}",
+        "constant velocity": "{velocity:.3f}",
+        "true frames": "{true:.3f}",
+    },
+}
 PUBLISHED = {
     "world_model": ["| EB-JEPA, published | 1 data-centre GPU | | 97 ± 2 (20 tasks) | | | | 37 (GPU) |"],
     "image_jepa": [
         "| EB-JEPA, published, VICReg | CIFAR-10 | 1 GPU | a few hours (300) | | 90.12 | | | |",
         "| EB-JEPA, published, SIGReg | CIFAR-10 | 1 GPU | a few hours (300) | | 91.02 | | | |",
     ],
+    "video_jepa": ["| EB-JEPA, published | Moving MNIST | 1 GPU | | | .76 .. .40 | .607 | | | |"],
 }
-
-
-def world_model(name: str, s: dict) -> str:
-    low, high = s.get("success_interval", ("", ""))
-    error = [f"{s['position_error_px'][h - 1]:.1f}" for h in (1, 8, 32)]
-    return (
-        f"| {name} | {s['device']} | {s['train_seconds'] / 60:.1f} | {s.get('success_rate', '')} [{low}, {high}] ({s.get('episodes', 0)})"
-        f" | {s.get('success_rate_any', '')} | {s.get('random_success_rate', '')}; {s.get('straight_line_success_rate', '')} | {' / '.join(error)}"
-        f" | {s.get('episode_seconds', '')}; {s.get('episode_seconds_single', '')} |"
-    )
-
-
-def image_jepa(name: str, s: dict) -> str:
-    return (
-        f"| {name}, {s['loss']} | {s.get('data_name', s['data'])} | {s['device']} | {s['train_seconds'] / 60:.1f} ({s['epochs']:.2g}) | {s['linear_accuracy']}"
-        f" | {s['online_accuracy']} | {s['knn20_accuracy']}; {s['knn_accuracy']} | {s['random_encoder_accuracy']}; {s['random_encoder_knn_accuracy']}"
-        f" | {s['effective_rank']:.0f} |"
-    )
-
-
-HEAD, ROW, MAIN = dict(world_model=WORLD_MODEL, image_jepa=IMAGE_JEPA), dict(world_model=world_model, image_jepa=image_jepa), dict(world_model="success_rate", image_jepa="linear_accuracy")
+MAIN = dict(world_model=("success_rate", "{:.1f} %"), image_jepa=("linear_accuracy", "{:.1f} %"), video_jepa=("map", "{:.3f}"))
 
 
 def script_of(summary: dict) -> str:
-    return "image_jepa" if "loss" in summary else "world_model"
+    return "image_jepa" if "loss" in summary else "video_jepa" if "data" in summary else "world_model"
+
+
+def row(name: str, s: dict) -> str:
+    script = script_of(s)
+    mean = lambda key: statistics.mean(s[key]) if key in s else float("nan")
+    more = dict(name=name, minutes=s["train_seconds"] / 60, data_name=s.get("data_name", s.get("data")))
+    more |= dict(copy=mean("ap_copy_last"), velocity=mean("ap_constant_velocity"), true=mean("ap_true_frames"))
+    return "| " + " | ".join(cell.format(**{**s, **more}) for cell in COLUMNS[script].values()) + " |"
+
+
+def head(script: str) -> str:
+    return "| " + " | ".join(COLUMNS[script]) + " |\n" + "|---" * len(COLUMNS[script]) + "|"
 
 
 def table(script: str) -> str:
-    """Rows of results/<script>/*.json, the mean over seeds of each preset, the published figures."""
+    """Rows of results/<script>/*.json, the published figures, the mean over seeds of each preset."""
     summaries = [json.loads(p.read_text()) for p in sorted((ROOT / "results" / script).glob("*.json"))]
-    lines = [HEAD[script], *(ROW[script](f"`{s['preset']}`, seed {s['seed']}", s) for s in summaries), *PUBLISHED[script]]
+    lines = [head(script), *(row(f"`{s['preset']}`, seed {s['seed']}", s) for s in summaries), *PUBLISHED[script]]
+    key, form = MAIN[script]
     for preset in dict.fromkeys(s["preset"] for s in summaries):
-        values = [s[MAIN[script]] for s in summaries if s["preset"] == preset]
+        values = [s[key] for s in summaries if s["preset"] == preset]
         if len(values) > 1:
-            what = MAIN[script].replace("_", " ")
-            lines += ["", f"`{preset}`, {len(values)} seeds: {what} {statistics.mean(values):.1f} % (standard deviation {statistics.stdev(values):.1f})."]
+            mean, deviation = form.format(statistics.mean(values)), form.format(statistics.stdev(values))
+            lines += ["", f"`{preset}`, {len(values)} seeds: {key.replace('_', ' ')} {mean} (standard deviation {deviation})."]
     return "\n".join(lines)
 
 
 def readme() -> str:
     """README.md as it should be: what stands between the markers is replaced."""
     text = (ROOT / "README.md").read_text()
-    for script in ROW:
+    for script in COLUMNS:
         begin, end = f"<!-- {script} -->", f"<!-- /{script} -->"
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + table(script) + "\n" + end + rest.split(end)[1]
+        if begin in text:
+            before, rest = text.split(begin)
+            text = before + begin + "\n" + table(script) + "\n" + end + rest.split(end)[1]
     return text
 
 
@@ -74,5 +100,4 @@ if __name__ == "__main__":
         (ROOT / "README.md").write_text(readme())
     else:
         runs = {Path(p).name: json.loads((Path(p) / "summary.json").read_text()) for p in sys.argv[1:]}
-        script = script_of(next(iter(runs.values())))
-        print("\n".join([HEAD[script], *(ROW[script](name, s) for name, s in runs.items())]))
+        print(head(script_of(next(iter(runs.values())))), *(row(name, s) for name, s in runs.items()), sep="\n")

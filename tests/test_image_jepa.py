@@ -64,10 +64,10 @@ def test_image_folder_notices_changes_and_a_damaged_cache(folder):
     [
         (lambda d: (d / "train/cat/3.png").write_bytes(b"no image"), "train/cat/3.png is not a readable image"),
         (lambda d: (d / "train/cat/3.png").write_bytes((d / "train/cat/0.png").read_bytes()[:100]), "3.png is not a readable image"),
-        (lambda d: shutil.rmtree(d / "test/dog"), "no images in"),
-        (lambda d: [p.unlink() for p in (d / "test/dog").iterdir()], "no images in"),
+        (lambda d: shutil.rmtree(d / "test/dog"), "only one of train and test has class dog"),
+        (lambda d: [p.unlink() for p in (d / "test/dog").iterdir()], "no valid file for the classes dog"),
         (lambda d: shutil.rmtree(d / "test"), "neither cifar10 nor shapes nor a folder"),
-        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "no class folders"),
+        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "(?i)find any class folder"),
     ],
 )
 def test_bad_folders(folder, damage, said):
@@ -77,7 +77,7 @@ def test_bad_folders(folder, damage, said):
 
 
 def test_fewer_images_than_a_batch(folder, tmp_path):
-    with pytest.raises(ij.UserError, match="--batch-size 64 is larger than the data set of 12 images"):
+    with pytest.raises(ij.UserError, match="--batch-size is larger than the data set of 12 images"):
         ij.train(preset("smoke", data=str(folder), run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -298,7 +298,7 @@ def test_lars_against_its_definition(decay):
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
 def test_muon_steps_are_nearly_orthogonal(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(ij.orthogonal(torch.randn(shape) * 7)) / max(1, shape[0] / shape[1]) ** 0.5
+    values = torch.linalg.svdvals(ij.orthogonal([torch.randn(shape) * 7])[0]) / max(1, shape[0] / shape[1]) ** 0.5
     assert 0.6 < values.min() and values.max() < 1.3
 
 
@@ -344,14 +344,6 @@ def test_knn_against_counting():
     assert ij.knn(z, y, z_test, y_test, 4, tuple(right)) == pytest.approx({k: 100 * v / 70 for k, v in right.items()}, abs=0.01)
 
 
-def test_tsne_keeps_clusters_together():
-    torch.manual_seed(0)
-    label = torch.arange(3).repeat_interleave(60)
-    place = ij.tsne(3 * torch.eye(3, 20)[label] + 0.3 * torch.randn(180, 20))
-    near = torch.cdist(place, place).fill_diagonal_(torch.inf).topk(10, largest=False).indices
-    assert (label[near] == label[:, None]).float().mean() > 0.95
-
-
 # ----------------------------------------------------------------------------------------------------- whole commands
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -366,7 +358,7 @@ def test_it_learns(run):
     path, out = run
     summary = json.loads(out.splitlines()[-1])
     assert summary == json.loads((path / "summary.json").read_text())
-    log = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    log = [r for r in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
     assert log[-1]["step"] == summary["steps"] and log[-1]["invariance"] < 1
     assert summary["linear_accuracy"] > summary["random_encoder_accuracy"] + 5  # measured: 31 against 17
     for name in ("curves", "views", "neighbours", "map"):
@@ -389,6 +381,6 @@ def test_load_is_the_trained_encoder(run):
 def test_a_collapse_is_flagged(weight, flagged, tmp_path, capsys):
     """SIGReg of weight 0.1 is a failure of the published table."""
     ij.train(preset("smoke", loss="sigreg", sigreg_weight=weight, max_steps=100, evaluate=False, run_dir=str(tmp_path / "run")))
-    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    log = [r for r in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" in r]
     assert ("collapsing" in capsys.readouterr().out) == flagged
     assert (log[-1]["projection_std"] < 0.1) == flagged

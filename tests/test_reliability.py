@@ -1,4 +1,5 @@
 """Resume, kills, damaged checkpoints and bad input, of every script: what a person sees, and that nothing is lost."""
+import dataclasses
 import inspect
 import json
 import os
@@ -57,7 +58,8 @@ def assert_same(a, b):
 def test_what_the_scripts_have_in_common_reads_the_same():
     for name in (
         "seeded", "wide", "gather", "collapse_meter", "stop_if_asked", "synchronize", "use_bf16", "start_device", "open_run_dir", "write_atomically",
-        "save_checkpoint", "load_checkpoint", "from_saved", "restore", "describe", "write_config", "trim_metrics", "main", "UserError", "Interrupted",
+        "save_checkpoint", "load_checkpoint", "from_saved", "restore", "describe", "write_config", "trim_metrics", "main", "UserError", "Interrupted", "run_folder", "resumed", "peak_memory", "finish",
+        "report", "draw_lines", "draw_curves",
     ):  # fmt: skip
         assert len({inspect.getsource(getattr(script, name)) for script in FAST}) == 1, name
     for name in ("compiled", "fit"):  # but for the types of model and batch
@@ -76,8 +78,31 @@ def test_resume_is_exact_bit_for_bit(script, tmp_path):
     assert a["step"] == 24
     for key in ("model", "optimizer", "step", "rng"):
         assert_same(a[key], b[key])
-    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, parts)]
+    records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, parts)]
+    losses = [[r["loss"] for r in of_run if "loss" in r] for of_run in records]
     assert losses[0] == [x for x in losses[1] if x in losses[0]] and len(losses[0]) == 4
+
+
+@scripts
+def test_resume_needs_no_other_flag(script, tmp_path):
+    folder, flags = tmp_path / "run", []
+    for name, value in {**FAST[script], "seed": 3, "max_steps": 6}.items():
+        flag = "--" + name.replace("_", "-")
+        flags += ["--no-evaluate"] if name == "evaluate" else [flag, str(value)]
+    first = script.parse(["--preset", "smoke", "--run-dir", str(folder), *flags])
+    script.train(first)
+    again = script.parse(["--resume", "--run-dir", str(folder), "--log-every", "3"])
+    assert again == dataclasses.replace(first, resume=True, max_steps=0, log_every=3)
+    assert script.train(again)["steps"] == 24
+    with pytest.raises(script.UserError, match="seed 3"):
+        script.train(script.parse(["--resume", "--run-dir", str(folder), "--seed", "4"]))
+
+
+@scripts
+def test_a_stop_between_two_renames_loses_nothing(script, tmp_path):
+    script.train(fast(script, tmp_path, max_steps=6, run_dir=str(tmp_path / "run")))
+    os.replace(tmp_path / "run/checkpoint.pt", tmp_path / "run/previous.pt")
+    assert script.train(fast(script, tmp_path / "run", resume=True))["steps"] == 24
 
 
 def test_the_distance_is_the_same_when_learnt_again(tmp_path):

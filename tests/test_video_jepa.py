@@ -126,7 +126,7 @@ def test_the_published_file_without_network(tmp_path, monkeypatch):
     from torchvision.datasets import MovingMNIST
 
     monkeypatch.setattr(MovingMNIST, "_URL", "http://127.0.0.1:9/mnist_test_seq.npy")
-    with pytest.raises(vj.UserError, match="mnist_test_seq.npy and could not be downloaded"):
+    with pytest.raises(vj.UserError, match="mnist_test_seq.npy is not there and could not be downloaded"):
         vj.moving_mnist(str(tmp_path))
 
 

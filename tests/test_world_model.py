@@ -463,7 +463,7 @@ def trained(tmp_path_factory):
 
 def test_smoke_run_learns(trained):
     folder, summary = trained
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
     assert [r["step"] for r in log] == list(range(10, 121, 10))
     assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["probe"] < 0.7 * log[0]["probe"]
     torch.manual_seed(0)
@@ -537,5 +537,5 @@ def test_turns_follow_the_von_mises_law():
 
 @pytest.mark.parametrize("flags", [dict(cost="distance"), dict(cost="distance", distance_steps=0)])
 def test_nothing_is_planned_with_a_distance_that_was_not_learnt(flags):
-    with pytest.raises(wm.UserError, match="nothing was learnt to plan with"):
+    with pytest.raises(wm.UserError, match="needs --cost latent"):
         wm.check(preset("paper", **flags))
