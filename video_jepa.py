@@ -111,8 +111,8 @@ PRESETS: dict[str, dict] = {
     ),
     "smoke": dict(
         data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer",
-        residual=True, context="pairs", projector_width=16, epochs=1, clips_per_epoch=1600, batch_size=8, lr=5e-3,
-        schedule="cosine", validation_clips=200, log_every=50, checkpoint_every=40,
+        residual=True, context="pairs", centre_places=True, projector_width=16, epochs=1, clips_per_epoch=1600,
+        batch_size=8, optimizer="muon", lr=0.02, schedule="cosine", validation_clips=200, log_every=50, checkpoint_every=40,
         compile=False,
     ),
 }  # fmt: skip
@@ -499,38 +499,42 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
-    state = optimizer.state[p]
-    if not state:
-        state["momentum"] = torch.zeros_like(p)
-    return state["momentum"]
-
-
-class Muon(torch.optim.Adam):
+class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
     on vectors, at a tenth of the rate.
 
     torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
         split = {matrix: [p for p in params if (p.ndim > 1) == matrix] for matrix in (True, False)}
         groups = [dict(params=split[matrix], matrix=matrix, rate=1.0 if matrix else 0.1) for matrix in (True, False)]
-        super().__init__(groups, lr, betas=(0.9, 0.98), fused=True)
-        self.momentum, self.decay = momentum, weight_decay
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=0))
 
     @torch.no_grad()
     def step(self) -> None:
-        matrices = self.param_groups[0]
-        params = [p for p in matrices["params"] if p.grad is not None]
-        grads, moving = [p.grad for p in params], [momentum_of(self, p) for p in params]
-        torch._foreach_mul_(moving, self.momentum)
-        torch._foreach_add_(moving, grads)
-        steps = orthogonal(torch._foreach_add(grads, moving, alpha=self.momentum))  # Nesterov
-        torch._foreach_mul_(params, 1 - matrices["lr"] * self.decay)
-        torch._foreach_add_(params, steps, alpha=-matrices["lr"])
-        for p in params:
-            p.grad = None  # Adam passes over them
-        super().step()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads, mean = [p.grad for p in params], [self.memory(p, "mean") for p in params]
+            group["steps"] += 1
+            if group["matrix"]:
+                torch._foreach_mul_(mean, group["momentum"])
+                torch._foreach_add_(mean, grads)
+                steps = orthogonal(torch._foreach_add(grads, mean, alpha=group["momentum"]))  # Nesterov
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, steps, alpha=-group["lr"])
+            else:
+                square, (a, b), t = [self.memory(p, "square") for p in params], (0.9, 0.98), group["steps"]
+                torch._foreach_lerp_(mean, grads, 1 - a)
+                torch._foreach_mul_(square, b)
+                torch._foreach_addcmul_(square, grads, grads, 1 - b)
+                size = torch._foreach_add(torch._foreach_sqrt(square), 1e-8)
+                torch._foreach_addcdiv_(params, mean, size, -group["lr"] * math.sqrt(1 - b**t) / (1 - a**t))
+
+    def memory(self, p: Tensor, name: str) -> Tensor:
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p)
+        return state[name]
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:

@@ -127,6 +127,7 @@ class Config:
     warm_start: bool = True  # begin from the previous plan, shifted
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
     replan_every: int = 4  # steps acted before planning anew
+    patience: int = 20  # steps without coming 1 px nearer, by the learnt way, before going off at random; 0 = off
     # evaluation and logging
     episodes: int = 1000  # planning tasks
     episode_steps: int = 200  # steps of an episode
@@ -141,7 +142,8 @@ PRESETS: dict[str, dict] = {
         wall_gain=1.0, slow_features=0, inverse_weight=1.0, prediction_weight=1.0, predictor="gru", distance_steps=0,
         cost="latent", samples=200, iterations=20, elites=20, horizon=90, init_std=2.0,
         # the reference multiplies costs by 0.005 where a temperature would divide them
-        temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1, episodes=20,
+        temperature=200.0, action_limit=0.0, smooth=0.0, warm_start=False, execute="elite", replan_every=1,
+        patience=0, episodes=20,
     ),
     "cpu": dict(
         latent_dim=128, slow_features=64, channels=(16, 32, 64), encoder="strided", half_resolution=True,
@@ -158,7 +160,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 PLANNER = {
     "kernels", "planner", "cost", "blocked", "objective", "samples", "iterations", "elites", "horizon", "init_std",
-    "temperature", "action_limit", "smooth", "warm_start", "execute", "replan_every",
+    "temperature", "action_limit", "smooth", "warm_start", "execute", "replan_every", "patience",
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = PLANNER | {
     "run_dir", "resume", "overwrite", "device", "compile", "max_steps", "log_every", "checkpoint_every", "episodes",
@@ -783,7 +785,7 @@ class Agent:
     def reset(self) -> None:
         """Forget the current plan."""
         self.actions = self.mean = None
-        self.age = 0
+        self.age, self.nearest, self.idle = 0, torch.inf, 0
 
     @torch.no_grad()
     def act(self, obs: Tensor, goal_obs: Tensor, steps_left: int) -> Tensor:
@@ -812,7 +814,20 @@ class Agent:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(self.device)):
             state, goal = self.model.encode(torch.cat((obs.float(), goal_obs.float()))).float().chunk(2)
             self.actions, self.mean = plan(self.model, self.cfg, state, goal, mean, self.generator)
+            if self.cfg.patience and self.cfg.cost == "distance":
+                self.actions = self.wander(self.model.distance(state, goal), self.actions)
         self.age = 0
+
+    def wander(self, to_go: Tensor, actions: Tensor) -> Tensor:
+        """Plans [E, H, 2] of episodes that are to_go [E] px from the goal; those stuck go off in a random direction."""
+        nearer = to_go < self.nearest - 1
+        self.nearest = torch.where(nearer, to_go, self.nearest)
+        self.idle = torch.where(nearer, 0, self.idle + self.age)
+        stuck = (self.idle >= self.cfg.patience) & (to_go > SUCCESS_PX)
+        self.nearest, self.idle = self.nearest.where(~stuck, torch.inf), self.idle.where(~stuck, 0)
+        angle = 2 * math.pi * torch.rand(len(to_go), 1, generator=self.generator, device=to_go.device)
+        away = torch.stack((angle.cos(), angle.sin()), 2) * (self.cfg.action_limit or 1.0)  # [E, 1, 2]
+        return torch.where(stuck[:, None, None], away, actions)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

@@ -84,14 +84,40 @@ def table(script: str) -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """Milliseconds of results/kernels/*.json: as usually written, compiled, ours."""
+    lines = ["| kernel, size | hardware | eager, ms | torch.compile, ms | ours, ms | eager / ours |", "|---|---|---|---|---|---|"]
+    for path in sorted((ROOT / "results/kernels").glob("*.json")):
+        bench = json.loads(path.read_text())
+        for r in bench["rows"]:
+            ms = {way: entry["both"]["median"] for way, entry in r["ways"].items() if "both" in entry}
+            cells = [f"{ms[way]:.3g}" if way in ms else "" for way in ("eager", "compiled", "ours")]
+            ratio = f"{ms['eager'] / ms['ours']:.1f}"
+            lines.append(f"| `{r['kernel']}` {r['size']} ({r['unit']}) | {bench['device']} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def ablations() -> str:
+    """results/ablations.json, one table a script: a run, the main figure, its published counterpart."""
+    path, parts = ROOT / "results/ablations.json", []
+    for script, record in (json.loads(path.read_text()) if path.exists() else {}).items():
+        key, form = MAIN[script]
+        lines = [f"| `{script}.py`, {record['flags']} | {key.replace('_', ' ')} | effective rank | published |", "|---|---|---|---|"]
+        for name, r in record["runs"].items():
+            lines.append(f"| {name} | {form.format(r[key])} | {r['effective_rank']:.1f} | {r['published']} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def readme() -> str:
     """README.md as it should be: what stands between the markers is replaced."""
     text = (ROOT / "README.md").read_text()
-    for script in COLUMNS:
-        begin, end = f"<!-- {script} -->", f"<!-- /{script} -->"
+    made = {script: table(script) for script in COLUMNS} | dict(kernels=kernels(), ablations=ablations())
+    for name, content in made.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if begin in text:
             before, rest = text.split(begin)
-            text = before + begin + "\n" + table(script) + "\n" + end + rest.split(end)[1]
+            text = before + begin + "\n" + content + "\n" + end + rest.split(end)[1]
     return text
 
 

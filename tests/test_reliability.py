@@ -327,7 +327,7 @@ if dist.is_initialized():
 """
 
 
-@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch"))], ids=["world_model", "vicreg", "sigreg", "video_jepa"])
+@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch", centre_places=True))], ids=["world_model", "vicreg", "sigreg", "video_jepa"])
 def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
     (tmp_path / "grads.py").write_text(GRADIENTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

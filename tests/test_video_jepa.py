@@ -149,7 +149,7 @@ def test_published_sizes():
     assert [l.out_features for l in model.projector if isinstance(l, torch.nn.Linear)] == [64, 64]
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_shapes_of_what_others_call(stride):
     cfg = preset("smoke", stride=stride, levels=2)
     model = Model(cfg).eval()
@@ -229,6 +229,29 @@ def test_the_heads_teach_the_encoder_nothing():
         total, *_ = vj.losses(model, cfg, batch._replace(occupied=labels))
         grads.append(torch.autograd.grad(total, list(model.encoder.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_fixed_code_of_places_does_not_count_as_spread():
+    cfg = preset("smoke", batch_size=4)
+    model, batch = Model(cfg), vj.ClipStream(cfg, torch.device("cpu"))(0)
+    code = 5 * torch.randn(cfg.latent_dim, 16, 16, generator=generator(3))
+    model.encode = lambda x: code.expand(len(x), x.shape[2], -1, -1, -1)  # the same whatever the frame shows
+    variance = lambda centre: vj.losses(model, preset("smoke", centre_places=centre), batch)[1][vj.TERMS.index("variance")]
+    assert variance(False) < 0.5 and variance(True) > 0.98
+
+
+def test_muon_turns_matrices_and_leaves_vectors_to_adam():
+    torch.manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.randn(6, 4, 3)), torch.nn.Parameter(torch.randn(7))
+    before, optimizer = (matrix.detach().clone(), vector.detach().clone()), vj.Muon([matrix, vector], lr=0.1, weight_decay=0.0)
+    matrix.grad, vector.grad = torch.randn(6, 4, 3), torch.randn(7)
+    slope = vector.grad.sign()
+    for group in optimizer.param_groups:  # as `update` does it
+        group["lr"] = 0.1 * group["rate"]
+    optimizer.step()
+    turned = torch.linalg.svdvals((matrix.detach() - before[0]).view(6, 12) / 0.1)
+    assert 0.6 < turned.min() and turned.max() < 1.3
+    torch.testing.assert_close(vector.detach(), before[1] - 0.01 * slope, rtol=1e-4, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
