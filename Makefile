@@ -26,7 +26,7 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits; A
 world_model: .venv/ready  ## train a world model and plan with it; ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 
-ablations: .venv/ready  ## every script without each of its parts (about 50 minutes); ARGS=video_jepa for one script
+ablations: .venv/ready  ## every script with one part changed at a time (about 40 minutes); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)
 
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
@@ -35,7 +35,8 @@ gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into r
 bench: .venv/ready  ## time the kernels: as usually written / torch.compile / ours (about 2 minutes); ARGS="--json FILE" also writes a file
 	$(RUN) -m kernels.bench $(ARGS)
 
-results: .venv/ready  ## write the README's tables anew from results/
+results: .venv/ready  ## write the README's tables and its first picture anew from results/
+	$(RUN) results/overview.py
 	$(RUN) results/tables.py --readme
 
 test: .venv/ready  ## all tests

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # script -> flags of every run, {run: (its flags, published figure or "")}, figures that are kept
 ABLATIONS = {
     "world_model": (
-        ["--steps", "1200", "--layouts", "500", "--distance-steps", "1000"],
+        ["--steps", "800", "--layouts", "300", "--distance-steps", "800"],
         {
             "all terms": ([], "97"),
             "no variance": (["--ablate", "variance"], "47"),
@@ -41,14 +41,18 @@ ABLATIONS = {
         ("linear_accuracy", "knn20_accuracy", "effective_rank", "train_seconds"),
     ),
     "video_jepa": (
-        ["--epochs", "0.2"],
+        ["--epochs", "0.3", "--validation-clips", "500"],
         {
             "K = 4": ([], ".607"),
             "K = 1": (["--rollout", "1"], ".385"),
             "K = 2": (["--rollout", "2"], ".524"),
-            "K = 8": (["--rollout", "8"], ".595"),
+            "K = 8, clips of 10 frames": (["--rollout", "8", "--frames", "10"], ".595"),
             "variance 1, covariance 1": (["--variance-weight", "1", "--covariance-weight", "1"], ".259"),
             "variance 0.1, covariance 0.1": (["--variance-weight", "0.1", "--covariance-weight", "0.1"], ""),
+            "places not centred": (["--no-centre-places"], ""),
+            "BatchNorm": (["--norm", "batch"], ""),
+            "constant learning rate": (["--schedule", "constant"], ""),
+            "Adam": (["--optimizer", "adam", "--lr", "0.002"], ""),
         },
         ("map", "ap", "effective_rank", "train_seconds"),
     ),
@@ -96,6 +100,23 @@ def ablations(arguments: list[str]) -> None:
         record = json.loads(path.read_text()) if path.exists() else {}
         record[script] = dict(flags=" ".join(common), device=summary["device"], runs=rows)
         path.write_text(json.dumps(record, indent=1))
+        if script == "video_jepa":
+            draw_horizons(rows)
+
+
+def draw_horizons(rows: dict[str, dict]) -> None:
+    """results/video_jepa/recipe.png: what each choice changes, by the number of frames predicted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for n, (name, row) in enumerate(rows.items()):
+        style = dict(marker="osD^v<>pX*"[n], color=f"C{n}", lw=2.5 if n == 0 else 1)
+        axis.plot(range(1, 8), row["ap"], label=f"{name}: {row['map']:.2f}", **style)
+    axis.set(xlabel="frames ahead", ylabel="average precision")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, title="run: mAP", title_fontsize=7)
+    figure.savefig(ROOT / "results/video_jepa/recipe.png", dpi=110)
 
 
 def keep(script: str, name: str, folder: Path, results: Path, **facts) -> None:
