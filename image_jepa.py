@@ -59,7 +59,7 @@ PUBLISHED = {"online_accuracy": "90.12 vicreg, 91.02 sigreg", "epochs": "300"}  
 class Config:
     """Learn features of unlabelled images and probe them. The values below are the published ones (preset paper)."""
 
-    preset: Literal["gpu", "paper", "cpu", "smoke"] = "gpu"  # set of defaults; any flag given beside it wins
+    preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; any flag given beside it wins
     seed: int = 0  # of weights, batches and views
     run_dir: str = ""  # folder of this run; empty: the first free runs/image_jepa/<preset>-<n>
     resume: bool = False  # go on from the checkpoint in the run folder
@@ -570,7 +570,7 @@ def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[
 def collapse_meter(z: Tensor) -> dict[str, float]:
     """How spread latents [N, D] are: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the entropy
     of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
-    z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
+    z = z[:: -(-len(z) // 2048) | 1].float()  # spread over the batch; an odd stride meets every place of a latent map
     z = z - z.mean(0)
     std = z.std(0)
     p = torch.linalg.svdvals(z)
@@ -1124,12 +1124,16 @@ def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
     """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     whole = not dist.is_initialized()  # collectives break the graph
-    for function in (torch.compile(losses, fullgraph=whole, dynamic=False), losses)[not cfg.compile :]:
+    for wanted in (True, False)[not cfg.compile :]:
         try:
+            function = torch.compile(losses, fullgraph=whole, dynamic=False) if wanted else losses
             function(model, cfg, batch, amp)[0].backward()
             break
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if not wanted or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            tqdm.write(f"compiling failed, going on eagerly: {reason}")
     model.load_state_dict(state)  # BatchNorm has counted the warm-up
     model.zero_grad(set_to_none=True)
     return function, time.perf_counter() - begin
@@ -1271,7 +1275,7 @@ def report(summary: dict) -> str:
         return f"{v:.4g}" if isinstance(v, float) else str(v)
 
     rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
-    return "\n".join(f"{name:<30}{here:<48}{published}".rstrip() for name, here, published in rows)
+    return "\n".join(f"{name:<30}{here:<54}{published}".rstrip() for name, here, published in rows)
 
 
 def parse(argv: list[str]) -> Config:

@@ -127,7 +127,7 @@ class Config:
     warm_start: bool = True  # begin from the previous plan, shifted
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
     replan_every: int = 4  # steps acted before planning anew
-    patience: int = 20  # steps without coming 1 px nearer, by the learnt way, before going off at random; 0 = off
+    patience: int = 12  # steps without coming 1 px nearer, by the learnt way, before going off at random; 0 = off
     # evaluation and logging
     episodes: int = 1000  # planning tasks
     episode_steps: int = 200  # steps of an episode
@@ -597,7 +597,7 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
 def collapse_meter(z: Tensor) -> dict[str, float]:
     """How spread latents [N, D] are: effective rank (RankMe, Garrido et al. 2023, arXiv 2210.02885: exp of the entropy
     of the normalised singular values), smallest and mean feature std, mean |off-diagonal correlation|."""
-    z = z[:: -(-len(z) // 2048)].float()  # spread over the batch, which may be sorted
+    z = z[:: -(-len(z) // 2048) | 1].float()  # spread over the batch; an odd stride meets every place of a latent map
     z = z - z.mean(0)
     std = z.std(0)
     p = torch.linalg.svdvals(z)
@@ -1336,12 +1336,16 @@ def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
     """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     whole = not dist.is_initialized()  # collectives break the graph
-    for function in (torch.compile(losses, fullgraph=whole, dynamic=False), losses)[not cfg.compile :]:
+    for wanted in (True, False)[not cfg.compile :]:
         try:
+            function = torch.compile(losses, fullgraph=whole, dynamic=False) if wanted else losses
             function(model, cfg, batch, amp)[0].backward()
             break
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"compiling failed, going on eagerly: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if not wanted or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            tqdm.write(f"compiling failed, going on eagerly: {reason}")
     model.load_state_dict(state)  # BatchNorm has counted the warm-up
     model.zero_grad(set_to_none=True)
     return function, time.perf_counter() - begin
@@ -1496,7 +1500,7 @@ def report(summary: dict) -> str:
         return f"{v:.4g}" if isinstance(v, float) else str(v)
 
     rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
-    return "\n".join(f"{name:<30}{here:<48}{published}".rstrip() for name, here, published in rows)
+    return "\n".join(f"{name:<30}{here:<54}{published}".rstrip() for name, here, published in rows)
 
 
 def parse(argv: list[str]) -> Config:

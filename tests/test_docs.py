@@ -33,7 +33,7 @@ def test_every_command_flag_and_path_exists():
     assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
     fields = {f.name.replace("_", "-") for script in (wm, ij, vj) for f in dataclasses.fields(script.Config)}
     flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
-    assert flags <= fields | {"nproc_per_node", "help"}, flags - fields
+    assert flags <= fields | {"help", "nproc_per_node", "nnodes", "node_rank", "rdzv-endpoint"}, flags - fields
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
 

@@ -535,6 +535,20 @@ def test_turns_follow_the_von_mises_law():
     assert table.abs().max() < 2.9 and abs(table.mean()) < 1e-4  # no about-turn from the ends of the table
 
 
+def test_who_comes_no_nearer_wanders_and_who_has_arrived_stays():
+    cfg = preset("smoke", patience=8, replan_every=4)
+    agent, plans = wm.Agent(wm.WorldModel(cfg), cfg), torch.zeros(3, 4, 2)
+    for n, to_go in enumerate([(20.0, 30.0, 1.0), (19.5, 25.0, 1.0), (20.0, 20.0, 1.0), (20.0, 15.0, 1.0)]):
+        done = agent.wander(torch.tensor(to_go), plans)
+        agent.age = 4  # steps acted before the next plan
+        assert not done[1:].any()
+        if n == 2:  # eight steps without coming 1 px nearer
+            torch.testing.assert_close(done[0].norm(dim=1), torch.full((4,), cfg.action_limit))
+            assert (done[0] == done[0, :1]).all()
+        else:
+            assert not done[0].any()
+
+
 @pytest.mark.parametrize("flags", [dict(cost="distance"), dict(cost="distance", distance_steps=0)])
 def test_nothing_is_planned_with_a_distance_that_was_not_learnt(flags):
     with pytest.raises(wm.UserError, match="needs --cost latent"):
