@@ -17,10 +17,13 @@ planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ, 
    of all features at once, as published, the two compete, and a small encoder keeps the dot and forgets the door.
 2. The cost is the way to go, in px. While the world model trains, psi learns the *largest* metric in which no step is
    longer than its action: the straight line. Afterwards, latents of many walks in the same rooms are joined where psi
-   says they are near, the shortest path through that graph is the way round the wall (Isomap, Tenenbaum et al. 2000),
-
+   says they are near, the shortest path through that graph is the way round the wall (Isomap, Tenenbaum et al. 2000):
 
        d(z, z') = |psi(z) - psi(z')| + detour(z, z'),   detour a network that learns what the shortest paths add.
+
+   Beside the door that cost has false minima. Who comes no nearer for twelve steps takes four in a random direction.
+
+Preset cpu: 96-97 % of 100 tasks after 14 minutes on 2 cores (3 seeds in results/), the published figure on a GPU: 97 +- 2 % of 20.
 
     python world_model.py                       # preset gpu on CUDA, cpu elsewhere
     python world_model.py --preset paper        # the published sizes, losses and planner
