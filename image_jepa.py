@@ -924,6 +924,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     use_triton(None if cfg.kernels else False)
     return device, rank, world
 

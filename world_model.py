@@ -23,7 +23,7 @@ planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ, 
 
    Beside the door that cost has false minima. Who comes no nearer for twelve steps takes four in a random direction.
 
-Preset cpu: 96-97 % of 100 tasks after 14 minutes on 2 cores (3 seeds in results/), the published figure on a GPU: 97 +- 2 % of 20.
+Preset cpu: 96-97 % of 100 tasks after 14 minutes on 2 cores (3 seeds, results/); published, on a GPU: 97 +- 2 % of 20.
 
     python world_model.py                       # preset gpu on CUDA, cpu elsewhere
     python world_model.py --preset paper        # the published sizes, losses and planner
@@ -1142,6 +1142,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     use_triton(None if cfg.kernels else False)
     return device, rank, world
 
