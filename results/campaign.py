@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # script -> flags of every run, {run: (its flags, published figure or "")}, figures that are kept
 ABLATIONS = {
     "world_model": (
-        ["--steps", "800", "--layouts", "300", "--distance-steps", "800"],
+        ["--max-steps", "1500", "--layouts", "300", "--distance-steps", "800"],
         {
             "all terms": ([], "97"),
             "no variance": (["--ablate", "variance"], "47"),
