@@ -359,7 +359,8 @@ def test_it_learns(run):
     summary = json.loads(out.splitlines()[-1])
     assert summary == json.loads((path / "summary.json").read_text())
     log = [r for r in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    assert log[-1]["step"] == summary["steps"] and log[-1]["invariance"] < 1
+    first, last = (sum(r["loss"] for r in part) / 2 for part in (log[:2], log[-2:]))
+    assert log[-1]["step"] == summary["steps"] and last < first - 0.25  # measured: 5.47, 4.95
     assert summary["linear_accuracy"] > summary["random_encoder_accuracy"] + 5  # measured: 31 against 17
     for name in ("curves", "views", "neighbours", "map"):
         with Image.open(path / f"{name}.png") as picture:
