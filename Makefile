@@ -26,7 +26,7 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits; A
 world_model: .venv/ready  ## train a world model and plan with it; ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 
-ablations: .venv/ready  ## every script with one part changed at a time (about 40 minutes); ARGS=video_jepa for one
+ablations: .venv/ready  ## every script with one part changed at a time (video: 13 minutes, the others untimed); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)
 
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
@@ -42,7 +42,7 @@ results: .venv/ready  ## write the README's tables and its first picture anew fr
 test: .venv/ready  ## all tests
 	$(RUN) -m pytest -q tests $(ARGS)
 
-torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (about 10 minutes)
+torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (6 times each: 12 minutes; ARGS=6)
 	$(RUN) tests/torture.py $(ARGS)
 
 clean:  ## remove the environment (runs and data stay)

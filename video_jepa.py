@@ -618,8 +618,8 @@ def constant_velocity(centres: Tensor, ahead: int, bounce: bool = False) -> Tens
 @torch.no_grad()
 def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50) -> dict:
     """AP_t, t = 0..horizons - 1, on (t + 1)-step predictions for all frames from t + 2 on: from two true frames ("ap"),
-    and in rounds as published ("ap_rounds"); beside it what copying the last true latent, going straight on, and the
-    true latents of these frames give."""
+    and in rounds as published ("ap_rounds"); beside it what copying the last true latent, the trackers, and the true
+    latents of these frames give."""
     device, names = clips.frames.device, ("ap", "ap_rounds", "ap_copy_last", *TRACKERS, "ap_true_frames")
     scores = {name: [[] for _ in range(horizons)] for name in names}
     for start in range(0, len(clips.frames), batch):
@@ -666,7 +666,8 @@ def draw_horizons(path: Path, result: dict) -> None:
     styles = dict(ap="-o", ap_rounds="-s", ap_bouncing_velocity="-x", ap_constant_velocity=":", ap_copy_last="-.")
     styles["ap_true_frames"] = "--"
     x = range(1, len(result["ap"]) + 1)
-    lines = [(name.removeprefix("ap_").replace("_", " "), x, result[name], style) for name, style in styles.items()]
+    label = lambda name: name.removeprefix("ap_").replace("_", " ") if name != "ap" else "predicted"
+    lines = [(label(name), x, result[name], style) for name, style in styles.items()]
     draw_lines(path, [("frames ahead", "average precision", "linear", lines)])
 
 

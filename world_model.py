@@ -898,7 +898,7 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
         if agent and shown:
             z, plan_path = agent.model.encode(obs[:shown]), []
             psi = agent.model.psi(z)
-            for a in agent.mean[:shown, agent.age - 1 :].unbind(1):
+            for a in agent.actions[:shown, agent.age - 1 :].unbind(1):
                 z, psi = imagine(agent.model, cfg, z, psi, a)
                 plan_path.append(agent.model.read(z)[:, :2].cpu())
             plans.append(torch.stack(plan_path, 1))

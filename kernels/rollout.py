@@ -91,6 +91,24 @@ def from_action(
     return x
 
 
+@jit
+def normalised(z, d, inside, weight, bias, D):
+    """LayerNorm of rows z [SETTLED, WIDTH], whose columns d >= D are zero and stay it."""
+    z = tl.where(inside, z - tl.sum(z, 1)[:, None] / D, 0.0)
+    z = z / tl.sqrt(tl.sum(z * z, 1) / D + 1e-5)[:, None]
+    z = z * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return z + tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def add_distance(z, r, d, inside, goal, cost, rows, S, D):
+    """Adds to the cost of rows r their mean squared distance to the goal of their episode."""
+    towards = (r // S).to(tl.int64)[:, None] * D + d[None, :]
+    off = tl.where(inside, z - tl.load(goal + towards, mask=inside, other=0.0).to(tl.float32), 0.0)
+    before = tl.load(cost + r, mask=r < rows, other=0.0)
+    tl.store(cost + r, before + tl.sum(off * off, 1) / D, mask=r < rows)
+
+
 # the horizon shrinks towards the end of an episode and must not compile anew
 @jit(do_not_specialize=["first", "steps", "H", "stride_e", "stride_s", "stride_h", "stride_a"])
 def rollout_kernel(
@@ -127,16 +145,9 @@ def rollout_kernel(
             inside, at = (r < rows)[:, None] & (d < D)[None, :], r.to(tl.int64)[:, None] * D + d[None, :]
             z = tl.load(source + at, mask=inside, other=0.0)
             if t > 0:
-                z = tl.where(inside, z - tl.sum(z, 1)[:, None] / D, 0.0)
-                z = z / tl.sqrt(tl.sum(z * z, 1) / D + 1e-5)[:, None]
-                z = z * tl.load(ln_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-                z = z + tl.load(ln_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                z = normalised(z, d, inside, ln_weight, ln_bias, D)
                 if (share == 0) & (SUM | (t == H)):
-                    towards = (r // S).to(tl.int64)[:, None] * D + d[None, :]
-                    off = z - tl.load(goal + towards, mask=inside, other=0.0).to(tl.float32)
-                    off = tl.where(inside, off, 0.0)
-                    before = tl.load(cost + r, mask=r < rows, other=0.0)
-                    tl.store(cost + r, before + tl.sum(off * off, 1) / D, mask=r < rows)
+                    add_distance(z, r, d, inside, goal, cost, rows, S, D)
             tl.store(operand + at, z.to(operand.dtype.element_ty), mask=inside)
             tl.store(state + at, z, mask=inside & mine[None, :])
         tl.debug_barrier()  # the settled state is there for every thread of the program

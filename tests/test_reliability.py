@@ -64,7 +64,7 @@ def test_what_the_scripts_have_in_common_reads_the_same():
         assert len({inspect.getsource(getattr(script, name)) for script in FAST}) == 1, name
     for name in ("compiled", "fit"):  # but for the types of model and batch
         assert len({inspect.getsource(getattr(script, name)).split('"""', 1)[1] for script in FAST}) == 1, name
-    for name in ("BatchNorm", "update"):
+    for name in ("BatchNorm", "update", "orthogonal", "one_line"):
         assert inspect.getsource(getattr(ij, name)) == inspect.getsource(getattr(vj, name)), name
 
 
