@@ -1,12 +1,13 @@
 """Image JEPA: features worth probing, learnt from unlabelled images by agreeing with oneself about two views of each.
 
-    v_1..v_V  = augment(image)                      random crop, colours, grey, solarise, flip
-    z_v = encode(v_v),  p_v = project(z_v)          ResNet or ViT; MLP
-    loss = w_i * mean over pairs |p_v - p_w|^2      invariance: the energy. Alone it is least when all p are equal, so:
-         + w_v * variance(p) + w_c * covariance(p)  --loss vicreg (arXiv 2105.04906), or
-         + w_s * sigreg(p)                          --loss sigreg (arXiv 2511.08544): p isotropic Gaussian (kernels/)
+    x_1 .. x_V = augment(image)                      random crop, colours, grey, solarise, flip
+    z_v = encode(x_v),  p_v = project(z_v)           ResNet or ViT; MLP with P outputs
+    loss = i * mean over pairs of |p_v - p_w|^2 / P  invariance: the energy; least when all p are equal, hence
+         + v * variance(p) + c * covariance(p)       --loss vicreg (arXiv 2105.04906), or
+         + s * sigreg(p)                             --loss sigreg (arXiv 2511.08544): p isotropic Gaussian (kernels/)
 
-The projector is thrown away; a linear classifier on z (`linear_accuracy`) says what the features are worth.
+i, v, c, s: --invariance-weight and so on. Views are compared directly: there is no predictor, no target network, no
+mask. The projector is thrown away; a linear classifier on z (`linear_accuracy`) says what the features are worth.
 
     python image_jepa.py                                # CIFAR-10, preset gpu on CUDA, cpu elsewhere
     python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
@@ -70,12 +71,12 @@ class Config:
     # data
     data: str = "cifar10"  # cifar10, shapes (drawn, no files), or a folder with train/<class>/* and test/<class>/*
     data_dir: str = "data"  # where downloaded sets lie, in torchvision's layout
-    image_size: int = 32  # images of a folder are resized once to this side, px
+    image_size: int = 32  # images of a folder are resized once, shapes drawn, with this side, px
     # views
     views: int = 2  # of each image a step
     crop_size: int = 32  # side of a view, px
     crop_scale: tuple[float, float] = (0.2, 1.0)  # part of the image's area that a view shows
-    jitter: float = 1.0  # strength of the colour jitter; 1 = 0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue
+    jitter: float = 1.0  # of colours, in 80 % of the views; 1 = 0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue
     grey: float = 0.2  # probability that a view loses its colours
     solarise: float = 0.1  # probability that a view's bright half is inverted
     # model
@@ -87,13 +88,13 @@ class Config:
     # loss
     loss: Literal["vicreg", "sigreg"] = "vicreg"  # what prevents collapse
     invariance_weight: float = 1.0  # mean squared difference of two views' projections
-    variance_weight: float = 1.0  # vicreg: hinge on each feature's standard deviation
-    covariance_weight: float = 80.0  # vicreg: squared off-diagonal covariances
+    variance_weight: float = 1.0  # vicreg: hinge on each feature's standard deviation, summed over two views
+    covariance_weight: float = 80.0  # vicreg: squared off-diagonal covariances, summed over two views
     sigreg_weight: float = 10.0  # sigreg: distance from a Gaussian
     directions: int = 256  # sigreg: random directions, fresh each step
     knots: int = 10  # sigreg: points of the integral over [-3, 3]
     # optimisation
-    optimizer: Literal["lars", "adamw", "muon"] = "lars"
+    optimizer: Literal["lars", "adamw", "muon"] = "lars"  # each has an --lr of its own: 0.3, 0.002, 0.02
     epochs: float = 300.0  # passes over the images
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 256  # images a step, over all processes
@@ -108,19 +109,19 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "gpu": dict(  # what won on a CPU, at ResNet-18's size; not tuned on a GPU yet
-        views=4, crop_size=24, crop_scale=(0.15, 0.8), variance_weight=5.0, optimizer="muon", lr=0.02,
-        weight_decay=0.01, epochs=150, warmup_epochs=3,
+        views=4, crop_size=24, crop_scale=(0.15, 0.8), variance_weight=2.5, covariance_weight=40.0, optimizer="muon",
+        lr=0.02, weight_decay=0.01, epochs=150, warmup_epochs=3,
     ),
     "paper": {},  # the defaults above
     "cpu": dict(
         backbone="small", projector_width=512, projector_out=256, views=4, crop_size=20, crop_scale=(0.15, 0.6),
-        batch_size=128, variance_weight=5.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=4.5,
-        warmup_epochs=0.3, compile=False,
+        batch_size=128, variance_weight=2.5, covariance_weight=40.0, optimizer="muon", lr=0.02, weight_decay=0.01,
+        epochs=4.5, warmup_epochs=0.3, compile=False,
     ),
     "smoke": dict(
         data="shapes", backbone="small", width=24, projector_width=64, projector_out=64, crop_size=24,
-        crop_scale=(0.4, 1.0), jitter=2.0, grey=0.5, solarise=0.3, batch_size=64, variance_weight=5.0,
-        optimizer="muon", lr=0.02, weight_decay=0.01, epochs=2, warmup_epochs=0.2,
+        crop_scale=(0.4, 1.0), jitter=2.0, grey=0.5, solarise=0.3, batch_size=64, variance_weight=2.5,
+        covariance_weight=40.0, optimizer="muon", lr=0.02, weight_decay=0.01, epochs=2, warmup_epochs=0.2,
         log_every=25, checkpoint_every=50, compile=False,
     ),
 }  # fmt: skip
@@ -162,7 +163,10 @@ def seeded(generator: torch.Generator, *key) -> torch.Generator:
 
 
 def load_images(cfg: Config) -> Images:
-    """The data set of cfg.data. Raises UserError, saying what to do, if it is not there or not readable."""
+    """The data set of cfg.data, all of it in memory (and later on the device): square images of one size.
+
+    A new one: a function that returns Images, and its name here. Labels are for the probe only; images without any go
+    into one class, train/all/* and test/all/*. Raises UserError, saying what to do, for data that cannot be read."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     if not first:
         dist.barrier()  # the first process downloads and decodes for all
@@ -280,7 +284,7 @@ class Augmentation(NamedTuple):
     box: Tensor  # [N, 4] top, left, height, width of the crop, whole px
     flip: Tensor  # [N] bool
     factor: Tensor  # [N, 4] brightness, contrast and saturation factors, hue shift in turns
-    order: Tensor  # [N, 4] permutation of these four (0..3); as many views have hue (3) first as second, third and last
+    order: Tensor  # [N, 4] permutation of these four (0..3); hue (3) is first in a quarter of the views, and so on
     grey: Tensor  # [N] bool
     solarise: Tensor  # [N] bool
 
@@ -304,8 +308,8 @@ def draw_augmentation(cfg: Config, n: int, size: int, g: torch.Generator) -> Aug
     corner = (rand(n, 2) * (size - sides + 1)).floor()
     strength, neutral = (constant(values, g.device) for values in ((0.4, 0.4, 0.2, 0.1), (1.0, 1.0, 1.0, 0.0)))
     factor = neutral + cfg.jitter * strength * (2 * rand(n, 4) - 1) * (rand(n, 1) < 0.8)
-    # every order of the four is as likely, but a quarter of the views has hue in each place: the costly turn of the hue
-    # is then done once a view, on groups whose sizes are known beforehand
+    # every order of the four is as likely, but hue comes first in exactly a quarter of the views, second in another:
+    # augment then does the costly turn of the hue once a view, on groups whose sizes are known beforehand
     mixed = torch.randperm(n, generator=g, device=g.device)
     slot = torch.arange(4, device=g.device).repeat_interleave(-(-n // 4))[:n][mixed]
     others = rand(n, 3).argsort(1)
@@ -368,12 +372,13 @@ def augment(images: Tensor, a: Augmentation, out: int) -> Tensor:
 class Batch(NamedTuple):
     images: Tensor  # [B, 3, S, S] uint8
     labels: Tensor  # [B]; only the online probe sees them
-    views: Augmentation  # of V B views, view by view
+    augmentation: Augmentation  # of V B views, view by view
     directions: Tensor  # [P, M] random unit columns; empty unless the loss is sigreg
 
 
 class Batches:
-    """Images, labels and view parameters as a pure function of (seed, step): nothing to save, exact on resume."""
+    """Images, labels and view parameters as a pure function of (seed, step): nothing to save, exact on resume. Each
+    process draws the views of its own images."""
 
     def __init__(self, cfg: Config, images: Images, projections: int, rank: int = 0, world: int = 1):
         self.cfg, self.images, self.projections = cfg, images, projections
@@ -386,10 +391,10 @@ class Batches:
         if epoch != self.epoch:
             self.epoch, seed = epoch, seeded(g, "epoch", cfg.seed, epoch)
             self.order = torch.randperm(len(self.images.train), generator=seed, device=g.device)
-        share = cfg.batch_size // self.world
-        pick = self.order[index * cfg.batch_size + self.rank * share :][:share]
+        n = cfg.batch_size // self.world
+        pick = self.order[index * cfg.batch_size + self.rank * n :][:n]
         seeded(g, "views", cfg.seed, step, self.rank)
-        views = draw_augmentation(cfg, cfg.views * share, self.images.train.shape[-1], g)
+        views = draw_augmentation(cfg, cfg.views * n, self.images.train.shape[-1], g)
         directions = torch.empty(0)
         if cfg.loss == "sigreg":
             shape, g = (self.projections, cfg.directions), seeded(g, "directions", cfg.seed, step)
@@ -399,7 +404,8 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------------------ model
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes."""
+    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes (on CPUs too, unlike
+    nn.SyncBatchNorm)."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -448,15 +454,20 @@ class ResNet(nn.Module):
 
     def __init__(self, kind: Literal["resnet18", "small"], width: int):
         super().__init__()
-        self.features, full = 8 * width, kind == "resnet18"
-        conv_norm = lambda a, b, *more: [nn.Conv2d(a, b, *more, bias=False), BatchNorm(b), nn.ReLU()]
-        self.stem = nn.Sequential(*conv_norm(3, width, 3 if full else 4, 1 if full else 2, 1))
-        sizes = [width * k for k in ((1, 1, 1, 2, 2, 4, 4, 8, 8) if full else (1, 1, 2, 4))]
-        blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
-        self.blocks = nn.Sequential(*blocks, *([] if full else conv_norm(4 * width, 8 * width, 1, 1, 0)))
-        for m in self.modules() if full else ():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        kernel, stride, sizes = dict(  # of the stem; channels of stem and blocks, in units of width
+            resnet18=(3, 1, (1, 1, 1, 2, 2, 4, 4, 8, 8)), small=(4, 2, (1, 1, 2, 4))
+        )[kind]
+        conv_norm_relu = lambda a, b, *more: [nn.Conv2d(a, b, *more, bias=False), BatchNorm(b), nn.ReLU()]
+        self.features = 8 * width
+        self.stem = nn.Sequential(*conv_norm_relu(3, width, kernel, stride, 1))
+        blocks = [ResidualBlock(a * width, b * width, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
+        if kind == "small":
+            blocks += conv_norm_relu(4 * width, 8 * width, 1, 1, 0)
+        self.blocks = nn.Sequential(*blocks)
+        if kind == "resnet18":  # as torchvision does; small keeps PyTorch's default
+            for m in self.modules():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
@@ -489,7 +500,10 @@ class ViT(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [N, 3, H, W], float in [0, 1] -> features [N, F]; normalises by CIFAR-10's statistics."""
+    """Images [N, 3, H, W], float in [0, 1] -> features [N, F]; normalises by CIFAR-10's statistics.
+
+    Another backbone: a module [N, 3, H, W] -> [N, F] with F as its attribute `features`, and its name here and in
+    Config.backbone. It is trained on views of side crop_size and evaluated on images of side image_size."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -540,11 +554,25 @@ def gather(z: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def share(n: int) -> slice:
+    """Which of n things this process takes; the first one always has some."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
+
+
+def joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The parts [n, ...] of all processes, one below the other; without a gradient."""
+    if dist.is_initialized():
+        dist.all_gather_object(lists := [None] * dist.get_world_size(), [part.cpu() for part in parts])
+        parts = [part.to(device) for of_one in lists for part in of_one]
+    return torch.cat(parts)
+
+
 def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """-> total loss (0-d, to differentiate), the terms in the order of TERMS, features [V B, F] and projections
     [V, B, P]; all but the total detached."""
     V, B, device = cfg.views, len(batch.images), batch.images.device
-    x = augment(batch.images, batch.views, cfg.crop_size)  # [V B, 3, s, s]
+    x = augment(batch.images, batch.augmentation, cfg.crop_size)  # [V B, 3, s, s]
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         z = model.encoder(x)  # [V B, F]
         p = model.projector(z)  # [V B, P]
@@ -553,11 +581,12 @@ def losses(model: Model, cfg: Config, batch: Batch, amp: bool = False) -> tuple[
     invariance = 2 * p.var(0).mean()  # = the mean over pairs of views of |p_v - p_w|^2 / P: E (a - b)^2 = 2 Var
     variance = covariance = sigreg = torch.zeros_like(invariance)
     if cfg.loss == "vicreg":
-        pairs = [variance_covariance_loss(gather(view)) for view in p]
-        variance, covariance = (torch.stack(term).mean() for term in zip(*pairs))
-    else:
+        of_views = [variance_covariance_loss(gather(view)) for view in p]
+        variance, covariance = (2 * torch.stack(term).mean() for term in zip(*of_views))  # the sum over two views
+    elif cfg.loss == "sigreg":
         sigreg = torch.stack([sigreg_loss(gather(view), batch.directions, knots=cfg.knots) for view in p]).mean()
-    probe = F.cross_entropy(wide(guess), batch.labels.repeat(V))
+    # another loss: its name in Config.loss, its weight in Config, its branch here, itself in TERMS, `total` and `terms`
+    probe = F.cross_entropy(wide(guess), batch.labels.repeat(V))  # trains the probe alone: it reads detached features
     total = (
         cfg.invariance_weight * invariance + probe
         + cfg.variance_weight * variance + cfg.covariance_weight * covariance + cfg.sigreg_weight * sigreg
@@ -593,17 +622,19 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+def memory(optimizer: torch.optim.Optimizer, p: Tensor, name: str) -> Tensor:
+    """What the optimiser remembers of p under a name; zeros at first."""
     state = optimizer.state[p]
-    if not state:
-        state["momentum"] = torch.zeros_like(p)
-    return state["momentum"]
+    if name not in state:
+        state[name] = torch.zeros_like(p)
+    return state[name]
 
 
 class LARS(torch.optim.Optimizer):
     """Momentum SGD with a step length for each matrix, relative to its norm (You et al. 2017, arXiv 1708.03888).
 
-    The ratio eta |w| / |g + decay w| is clipped so that no matrix moves faster than plain SGD would."""
+    Matrix w with gradient g moves by min(lr, eta |w| / (|g| + decay |w|)) times g + decay w, before momentum: lr is an
+    upper bound, and none moves faster than by plain SGD. Vectors take plain SGD steps."""
 
     def __init__(self, groups, lr: float, momentum: float = 0.9, eta: float = 0.02):
         super().__init__(groups, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=0.0))
@@ -620,33 +651,41 @@ class LARS(torch.optim.Optimizer):
                     ratios.append(torch.where((w > 0) & (g > 0), ratio, 1.0).clamp(max=1))
                 grads = torch._foreach_add(grads, params, alpha=decay)
                 torch._foreach_mul_(grads, ratios)
-            moving = [momentum_of(self, p) for p in params]
+            moving = [memory(self, p, "mean") for p in params]
             torch._foreach_mul_(moving, group["momentum"])
             torch._foreach_add_(moving, grads)
             torch._foreach_add_(params, moving, alpha=-group["lr"])
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
+    on vectors, at a tenth of the rate. Groups: dict(params=..., matrix=..., weight_decay=...).
 
-    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]. Vectors take
-    plain momentum steps."""
+    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
 
-    def __init__(self, groups, lr: float, momentum: float = 0.9):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9):
+        groups = [dict(rate=1.0 if group["matrix"] else 0.1, **group) for group in groups]
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, steps=0))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads, moving = [p.grad for p in params], [momentum_of(self, p) for p in params]
-            torch._foreach_mul_(moving, group["momentum"])
-            torch._foreach_add_(moving, grads)
-            steps = torch._foreach_add(grads, moving, alpha=group["momentum"])  # Nesterov
+            grads, mean = [p.grad for p in params], [memory(self, p, "mean") for p in params]
+            group["steps"] += 1
             if group["matrix"]:
-                steps = orthogonal(steps)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, steps, alpha=-group["lr"])
+                torch._foreach_mul_(mean, group["momentum"])
+                torch._foreach_add_(mean, grads)
+                steps = orthogonal(torch._foreach_add(grads, mean, alpha=group["momentum"]))  # Nesterov
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, steps, alpha=-group["lr"])
+            else:
+                square, (a, b), t = [memory(self, p, "square") for p in params], (0.9, 0.98), group["steps"]
+                torch._foreach_lerp_(mean, grads, 1 - a)
+                torch._foreach_mul_(square, b)
+                torch._foreach_addcmul_(square, grads, grads, 1 - b)
+                size = torch._foreach_add(torch._foreach_sqrt(square), 1e-8)
+                torch._foreach_addcdiv_(params, mean, size, -group["lr"] * math.sqrt(1 - b**t) / (1 - a**t))
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -674,9 +713,9 @@ def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
     for name, p in model.named_parameters():
         split[p.ndim > 1 and not name.endswith(("position", "token"))].append(p)
     groups = [dict(params=split[m], matrix=m, weight_decay=cfg.weight_decay if m else 0.0) for m in (True, False)]
-    if cfg.optimizer != "adamw":
-        return (LARS if cfg.optimizer == "lars" else Muon)(groups, cfg.lr)
-    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=True)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=True)
+    return dict(lars=LARS, muon=Muon)[cfg.optimizer](groups, cfg.lr)
 
 
 def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -696,13 +735,14 @@ def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: floa
 # ------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
-    """uint8 images [N, 3, S, S] -> features [N, F] in float32, single view, in eval mode."""
+    """uint8 images [N, 3, S, S] -> features [N, F] in float32, single view, in eval mode; processes share the work."""
     was, device = encoder.training, images.device
     encoder.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
-        z = [encoder(x.float() / 255).float() for x in images.split(batch)]
+        batches = images.split(batch)
+        z = [encoder(x.float() / 255).float() for x in batches[share(len(batches))]]
     encoder.train(was)
-    return torch.cat(z)
+    return joined(z, device)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -717,9 +757,10 @@ def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: 
     z, z_test = (z - mean) / std, (z_test - mean) / std
     mixed = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
     held, rest = mixed.tensor_split([min(5000, max(1, len(z) // 10))])
-    weight, bias = (torch.zeros(*s, device=z.device, requires_grad=True) for s in ((classes, z.shape[1]), (classes,)))
+    weight = torch.zeros(classes, z.shape[1], device=z.device, requires_grad=True)
+    bias = torch.zeros(classes, device=z.device, requires_grad=True)
 
-    def fit(x, labels, decay):  # from where the last fit ended: decays are tried from the strongest on
+    def regress(x, labels, decay):  # from where the last fit ended: decays are tried from the strongest on
         how = dict(max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-7)
         optimizer = torch.optim.LBFGS((weight, bias), **how)
 
@@ -734,11 +775,11 @@ def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: 
     tried = {}
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         stop_if_asked()
-        fit(z[rest], y[rest], decay)
+        regress(z[rest], y[rest], decay)
         with torch.no_grad():
             tried[decay] = accuracy(F.linear(z[held], weight, bias), y[held])
     best = max(tried, key=tried.get)
-    fit(z, y, best)
+    regress(z, y, best)
     with torch.no_grad():
         found = accuracy(F.linear(z_test, weight, bias), y_test)
     return dict(linear_accuracy=found, held_out_accuracy=tried[best], probe_decay=best)
@@ -748,12 +789,13 @@ def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: 
 def knn(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, classes: int, ks=(20, 200)) -> dict[int, float]:
     """Accuracy in % of the vote of the k nearest by cosine, weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
     z, z_test, votes = F.normalize(z, dim=1), F.normalize(z_test, dim=1), {k: [] for k in ks}
-    for part in z_test.split(1000):
+    parts = z_test.split(1000)
+    for part in parts[share(len(parts))]:
         similar, index = (part @ z.T).topk(min(max(ks), len(z)), 1)
         weight = (similar / 0.07).exp()
         for k in ks:
             votes[k].append(weight.new_zeros(len(part), classes).scatter_add(1, y[index[:, :k]], weight[:, :k]))
-    return {k: accuracy(torch.cat(v), y_test) for k, v in votes.items()}
+    return {k: accuracy(joined(v, z.device), y_test) for k, v in votes.items()}
 
 
 def probe_encoder(encoder: nn.Module, images: Images) -> tuple[dict, Tensor, Tensor]:
@@ -764,8 +806,9 @@ def probe_encoder(encoder: nn.Module, images: Images) -> tuple[dict, Tensor, Ten
     return linear_probe(*arguments) | dict(knn_accuracy=near[200], knn20_accuracy=near[20]), z, z_test
 
 
-def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: Path) -> dict:
-    """Probes of the trained and of the untrained encoder, figures. -> what it adds to the summary."""
+def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: Path | None) -> dict:
+    """Probes of the trained and of the untrained encoder; figures, unless another process draws them (run_dir None).
+    -> what it adds to the summary."""
     begin = time.perf_counter()
     result, z, z_test = probe_encoder(model.encoder, images)
     with torch.no_grad():
@@ -773,10 +816,12 @@ def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: P
     untrained, *_ = probe_encoder(build(cfg, images), images)
     result["random_encoder_accuracy"] = untrained["linear_accuracy"]
     result["random_encoder_knn_accuracy"] = untrained["knn_accuracy"]
-    draw_curves(run_dir)
-    draw_views(run_dir / "views.png", cfg, batch)
-    draw_neighbours(run_dir / "neighbours.png", images, z, z_test)
-    draw_map(run_dir / "map.png", images, z_test)
+    if run_dir:
+        draw_curves(run_dir)
+        draw_views(run_dir / "views.png", cfg, batch)
+        draw_neighbours(run_dir / "neighbours.png", images, z, z_test)
+        stop_if_asked()
+        draw_map(run_dir / "map.png", images, z_test)
     return result | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
 
 
@@ -823,7 +868,7 @@ def draw_sheet(path: Path, rows: list[list[tuple[Tensor, str, str]]]) -> None:
 
 def draw_views(path: Path, cfg: Config, batch: Batch, shown: int = 10) -> None:
     """What the encoder sees: images, and below each its views."""
-    views = augment(batch.images, batch.views, cfg.crop_size).unflatten(0, (cfg.views, -1))
+    views = augment(batch.images, batch.augmentation, cfg.crop_size).unflatten(0, (cfg.views, -1))
     rows = [("image", batch.images), *((f"view {v + 1}", view) for v, view in enumerate(views))]
     draw_sheet(path, [[(x, name if n == 0 else "", "black") for n, x in enumerate(row[:shown])] for name, row in rows])
 
@@ -851,7 +896,8 @@ def draw_map(path: Path, images: Images, z_test: Tensor, points: int = 1000) -> 
     place, label = tsne.fit_transform(z_test[some].cpu().numpy()), images.test_label[some].cpu()
     figure, axes = figure_of(1, 1, 7.5, 6)
     for k, name in enumerate(images.classes):
-        style = dict(s=12, marker="osD^v"[k // 2 % 5], color=f"C{k % 10}", alpha=0.75, lw=0)
+        marker = "osD^v"[(k // 2 + k // 10) % 5]  # with ten colours: fifty pairs
+        style = dict(s=12, marker=marker, color=f"C{k % 10}", alpha=0.75, lw=0)
         axes[0, 0].scatter(*place[(label == k).numpy()].T, label=name, **style)
     axes[0, 0].set_axis_off()
     axes[0, 0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1005,11 +1051,22 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     return state
 
 
+@contextlib.contextmanager
+def fitting(path: Path):
+    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # parts missing, of other types or shapes
+        raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
+
+
 def from_saved(config: dict) -> Config:
     try:
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the run is of another version of this script ({error})") from None
+        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
+        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
 
 
 def resumed(cfg: Config) -> Config:
@@ -1025,15 +1082,16 @@ def resumed(cfg: Config) -> Config:
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
     """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
-    saved = from_saved(state["config"])
-    for field in dataclasses.fields(Config):
-        was, now = getattr(saved, field.name), getattr(cfg, field.name)
-        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"], state["train_seconds"]
+    with fitting(path):
+        saved = from_saved(state["config"])
+        for field in dataclasses.fields(Config):
+            was, now = getattr(saved, field.name), getattr(cfg, field.name)
+            if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+                raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; use the same flags")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        return int(state["step"]), float(state["train_seconds"])
 
 
 def build(cfg: Config, images: Images) -> Encoder:
@@ -1048,9 +1106,10 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
     Images [N, 3, H, W], float in [0, 1] -> features [N, F] in float32. Raises UserError for a bad checkpoint."""
     path = Path(path)
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    encoder = Encoder(from_saved(state["config"]))
-    mine = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
-    encoder.load_state_dict(mine)
+    with fitting(path):
+        encoder = Encoder(from_saved(state["config"]))
+        mine = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
+        encoder.load_state_dict(mine)
     return encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -1069,7 +1128,7 @@ def check(cfg: Config, images: int | None = None) -> Config:
     low, high = cfg.crop_scale
     rules = [
         (cfg.batch_size >= 2, f"--batch-size {cfg.batch_size}: variance needs at least 2 images"),
-        (cfg.views >= 2, f"--views {cfg.views}: there is nothing to predict without a second view"),
+        (cfg.views >= 2, f"--views {cfg.views}: there is nothing to agree with without a second view"),
         (0 < low <= high <= 1, f"--crop-scale {low} {high}: two parts of an area, the smaller first, in (0, 1]"),
         (max(cfg.grey, cfg.solarise) <= 1, "--grey and --solarise are probabilities, at most 1"),
         (cfg.jitter <= 2.5, f"--jitter {cfg.jitter}: at most 2.5, where a view may turn black"),
@@ -1100,8 +1159,10 @@ def peak_memory(device: torch.device) -> float:
     """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    import resource  # not there on Windows
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return 0.0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
@@ -1125,7 +1186,7 @@ def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
     """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     whole = not dist.is_initialized()  # collectives break the graph
-    for wanted in (True, False)[not cfg.compile :]:
+    for wanted in (True, False) if cfg.compile else (False,):
         try:
             function = torch.compile(losses, fullgraph=whole, dynamic=False) if wanted else losses
             function(model, cfg, batch, amp)[0].backward()
@@ -1143,7 +1204,10 @@ def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
 def fit(
     cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
 ) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up.
+
+    Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
+    one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -1208,8 +1272,9 @@ def log_step(
         f" | {rate:.0f} views/s | rank {meter['effective_rank']:.0f}/{z.shape[1]} | agree {meter['agreement']:.2f}"
         f" | eta {(end - step) * seconds / 60:.1f}m"
     )
-    # thresholds: healthy runs on CIFAR-10 show std 0.6-0.9, rank 0.3-0.5 of the features, agreement 0.2-0.5; SIGReg of
-    # weight 0.1 falls to std 0.01, VICReg with variance and covariance 100 to agreement 0.15 (results/LOG.md)
+    # thresholds: healthy runs on CIFAR-10 show projections' std 0.6-0.9, rank 0.3-0.5 of the features, agreement
+    # 0.2-0.5; SIGReg of weight 0.1 falls to std 0.01, VICReg with variance and covariance 50 to agreement 0.15 or less
+    # (results/LOG.md)
     spread = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
     if meter["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * z.shape[1] or meter["correlation"] > 0.5:
         found = f"projections' std {meter['projection_std']:.3f}, rank {meter['effective_rank']:.1f}"
@@ -1259,8 +1324,8 @@ def train(cfg: Config) -> dict:
         torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
         images_per_second=round(done * cfg.batch_size * cfg.views / max(seconds, 1e-9), 1),
     )  # fmt: skip
-    if rank == 0 and cfg.evaluate:
-        summary |= evaluate(model, cfg, images, batches(0), run_dir)
+    if cfg.evaluate:
+        summary |= evaluate(model, cfg, images, batches(0), run_dir if rank == 0 else None)
     if rank == 0:
         finish(run_dir, summary, device, say)
     return summary
@@ -1310,6 +1375,10 @@ def main() -> None:
         code, message = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
+    except (dist.DistError, RuntimeError) as error:
+        if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
+            raise
+        code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

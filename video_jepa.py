@@ -274,9 +274,9 @@ class ClipStream:
             dist.barrier()
 
     def __call__(self, step: int) -> Clips:
-        cfg, share = self.cfg, self.cfg.batch_size // self.world
+        cfg, n = self.cfg, self.cfg.batch_size // self.world
         g = seeded(self.generator, "clips", cfg.seed, step)
-        mine = slice(self.rank * share, (self.rank + 1) * share)
+        mine = slice(self.rank * n, (self.rank + 1) * n)
         if self.moving:
             return Clips(*(x[mine] for x in move_digits(self.train, cfg.batch_size, cfg.frames, g)))
         pick = torch.randint(0, len(self.train.frames), (cfg.batch_size,), generator=g, device=g.device)[mine]
@@ -297,7 +297,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes."""
+    """Batch normalisation of [N, C] or [N, C, H, W]; in training over the rows of all processes (on CPUs too, unlike
+    nn.SyncBatchNorm)."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -450,6 +451,20 @@ def gather(z: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def share(n: int) -> slice:
+    """Which of n things this process takes; the first one always has some."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
+
+
+def joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The parts [n, ...] of all processes, one below the other; without a gradient."""
+    if dist.is_initialized():
+        dist.all_gather_object(lists := [None] * dist.get_world_size(), [part.cpu() for part in parts])
+        parts = [part.to(device) for of_one in lists for part in of_one]
+    return torch.cat(parts)
+
+
 def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T h w, C] (detached)."""
     device = batch.frames.device
@@ -462,15 +477,14 @@ def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[
         errors = [F.mse_loss(wide(model.project(y)), later[y.shape[1]]) for y in ahead]
         seen = z.detach()
         found = model.detector(seen.flatten(0, 1))[:, 0]
-        some = seen[::8]  # the decoder is for pictures only
-        painted = model.decoder(some.flatten(0, 1))[:, 0]
+        painted = model.decoder(seen[:, ::8].flatten(0, 1))[:, 0]  # a few frames: it is for pictures only
     prediction = torch.stack(errors).mean()
     spread = gather(target.flatten(0, 1))  # [B T, h, w, P]
     if cfg.centre_places:
         spread = spread - spread.mean(0)
     variance, covariance = variance_covariance_loss(spread.flatten(0, -2))
     detection = F.binary_cross_entropy_with_logits(wide(found), batch.occupied.flatten(0, 1).to(target.dtype))
-    decoding = F.binary_cross_entropy_with_logits(wide(painted), x[::8, 0].flatten(0, 1))
+    decoding = F.binary_cross_entropy_with_logits(wide(painted), x[:, 0, ::8].flatten(0, 1))
     total = (
         cfg.prediction_weight * prediction + cfg.variance_weight * variance + cfg.covariance_weight * covariance
         + detection + decoding
@@ -509,22 +523,29 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def memory(optimizer: torch.optim.Optimizer, p: Tensor, name: str) -> Tensor:
+    """What the optimiser remembers of p under a name; zeros at first."""
+    state = optimizer.state[p]
+    if name not in state:
+        state[name] = torch.zeros_like(p)
+    return state[name]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
-    on vectors, at a tenth of the rate.
+    on vectors, at a tenth of the rate. Groups: dict(params=..., matrix=..., weight_decay=...).
 
     torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
-        split = {matrix: [p for p in params if (p.ndim > 1) == matrix] for matrix in (True, False)}
-        groups = [dict(params=split[matrix], matrix=matrix, rate=1.0 if matrix else 0.1) for matrix in (True, False)]
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=0))
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9):
+        groups = [dict(rate=1.0 if group["matrix"] else 0.1, **group) for group in groups]
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, steps=0))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads, mean = [p.grad for p in params], [self.memory(p, "mean") for p in params]
+            grads, mean = [p.grad for p in params], [memory(self, p, "mean") for p in params]
             group["steps"] += 1
             if group["matrix"]:
                 torch._foreach_mul_(mean, group["momentum"])
@@ -533,18 +554,12 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, steps, alpha=-group["lr"])
             else:
-                square, (a, b), t = [self.memory(p, "square") for p in params], (0.9, 0.98), group["steps"]
+                square, (a, b), t = [memory(self, p, "square") for p in params], (0.9, 0.98), group["steps"]
                 torch._foreach_lerp_(mean, grads, 1 - a)
                 torch._foreach_mul_(square, b)
                 torch._foreach_addcmul_(square, grads, grads, 1 - b)
                 size = torch._foreach_add(torch._foreach_sqrt(square), 1e-8)
                 torch._foreach_addcdiv_(params, mean, size, -group["lr"] * math.sqrt(1 - b**t) / (1 - a**t))
-
-    def memory(self, p: Tensor, name: str) -> Tensor:
-        state = self.state[p]
-        if name not in state:
-            state[name] = torch.zeros_like(p)
-        return state[name]
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -569,7 +584,8 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
 def make_optimizer(model: Model, cfg: Config) -> torch.optim.Optimizer:
     if cfg.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), cfg.lr, fused=True)
-    return Muon(list(model.parameters()), cfg.lr)
+    split = {m: [p for p in model.parameters() if (p.ndim > 1) == m] for m in (True, False)}
+    return Muon([dict(params=split[m], matrix=m, weight_decay=0.01 if m else 0.0) for m in (True, False)], cfg.lr)
 
 
 def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -619,10 +635,12 @@ def constant_velocity(centres: Tensor, ahead: int, bounce: bool = False) -> Tens
 def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50) -> dict:
     """AP_t, t = 0..horizons - 1, on (t + 1)-step predictions for all frames from t + 2 on: from two true frames ("ap"),
     and in rounds as published ("ap_rounds"); beside it what copying the last true latent, the trackers, and the true
-    latents of these frames give."""
+    latents of these frames give. Processes share the clips."""
     device, names = clips.frames.device, ("ap", "ap_rounds", "ap_copy_last", *TRACKERS, "ap_true_frames")
     scores = {name: [[] for _ in range(horizons)] for name in names}
-    for start in range(0, len(clips.frames), batch):
+    starts = range(0, len(clips.frames), batch)
+    for start in starts[share(len(starts))]:
+        stop_if_asked()
         part = Clips(*(x[start : start + batch] for x in clips))
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
             z = model.encode(part.frames[:, None].float() / 255)
@@ -635,14 +653,15 @@ def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50
                 for tracker, bounce in TRACKERS.items():
                     scores[tracker][t].append(constant_velocity(part.centres, t + 1, bounce))
                 scores["ap_true_frames"][t].append(true[:, t + 2 :])
-    of = lambda t, parts: round(average_precision(torch.cat(parts), clips.occupied[:, t + 2 :]), 4)
+    of = lambda t, parts: round(average_precision(joined(parts, device), clips.occupied[:, t + 2 :]), 4)
     ap = {name: [of(t, parts) for t, parts in enumerate(by)] for name, by in scores.items()}
     mean = lambda name: round(sum(ap[name]) / horizons, 4)
     return dict(map=mean("ap"), map_rounds=mean("ap_rounds")) | ap
 
 
-def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path) -> dict:
-    """AP on unseen digits, collapse meter, figures. -> what it adds to the summary."""
+def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path | None) -> dict:
+    """AP on unseen digits, collapse meter; figures, unless another process draws them (run_dir None). -> what it adds
+    to the summary."""
     begin, device = time.perf_counter(), next(model.parameters()).device
     model.eval()
     clips = stream.unseen(cfg.validation_clips)
@@ -654,9 +673,11 @@ def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path) -> di
         future = model.rollout(z[:, :2], FRAMES - 2)
         result |= collapse_meter((z - z.mean((0, 1))).movedim(2, -1).flatten(0, -2))
         y = torch.cat((z[:, :2], future), 1)
-        draw_rollout(run_dir / "rollout.gif", shown, model.decode(y).cpu(), model.detect(y).cpu())
-    draw_horizons(run_dir / "ap.png", result)
-    draw_curves(run_dir)
+        painted, found = model.decode(y).cpu(), model.detect(y).cpu()
+    if run_dir:
+        draw_rollout(run_dir / "rollout.gif", shown, painted, found)
+        draw_horizons(run_dir / "ap.png", result)
+        draw_curves(run_dir)
     return result | dict(validation_clips=len(clips.frames), evaluation_seconds=round(time.perf_counter() - begin, 1))
 
 
@@ -866,11 +887,22 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     return state
 
 
+@contextlib.contextmanager
+def fitting(path: Path):
+    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # parts missing, of other types or shapes
+        raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
+
+
 def from_saved(config: dict) -> Config:
     try:
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the run is of another version of this script ({error})") from None
+        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
+        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
 
 
 def resumed(cfg: Config) -> Config:
@@ -886,15 +918,16 @@ def resumed(cfg: Config) -> Config:
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
     """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
-    saved = from_saved(state["config"])
-    for field in dataclasses.fields(Config):
-        was, now = getattr(saved, field.name), getattr(cfg, field.name)
-        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"], state["train_seconds"]
+    with fitting(path):
+        saved = from_saved(state["config"])
+        for field in dataclasses.fields(Config):
+            was, now = getattr(saved, field.name), getattr(cfg, field.name)
+            if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+                raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; use the same flags")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        return int(state["step"]), float(state["train_seconds"])
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
@@ -902,8 +935,9 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     `model.rollout(z[:, :2], 8)` and `model.detect(z)`. Raises UserError for a bad checkpoint."""
     path = Path(path)
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    model = Model(from_saved(state["config"]))
-    model.load_state_dict(state["model"])
+    with fitting(path):
+        model = Model(from_saved(state["config"]))
+        model.load_state_dict(state["model"])
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -950,8 +984,10 @@ def peak_memory(device: torch.device) -> float:
     """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    import resource  # not there on Windows
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return 0.0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
@@ -975,7 +1011,7 @@ def compiled(cfg: Config, model: Model, batch: Clips, amp: bool):
     """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     whole = not dist.is_initialized()  # collectives break the graph
-    for wanted in (True, False)[not cfg.compile :]:
+    for wanted in (True, False) if cfg.compile else (False,):
         try:
             function = torch.compile(losses, fullgraph=whole, dynamic=False) if wanted else losses
             function(model, cfg, batch, amp)[0].backward()
@@ -993,7 +1029,10 @@ def compiled(cfg: Config, model: Model, batch: Clips, amp: bool):
 def fit(
     cfg: Config, model: Model, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
 ) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up.
+
+    Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
+    one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -1098,8 +1137,8 @@ def train(cfg: Config) -> dict:
         torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
         clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1),
     )  # fmt: skip
-    if rank == 0 and cfg.evaluate:
-        summary |= evaluate(model, cfg, clips, run_dir)
+    if cfg.evaluate:
+        summary |= evaluate(model, cfg, clips, run_dir if rank == 0 else None)
     if rank == 0:
         finish(run_dir, summary, device, say)
     return summary
@@ -1149,6 +1188,10 @@ def main() -> None:
         code, message = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
+    except (dist.DistError, RuntimeError) as error:
+        if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
+            raise
+        code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

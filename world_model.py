@@ -198,6 +198,10 @@ def seeded(generator: torch.Generator, *key) -> torch.Generator:
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 class Layout(NamedTuple):
     wall_x: Tensor  # [N] centre of the wall, integer px
     door_y: Tensor  # [N] centre of the door, integer px
@@ -358,9 +362,9 @@ class ClipStream:
             self.block, self.data = block, trajectories(n, T, g, cfg.fixed_wall)
             begin = torch.randint(0, T - cfg.clip_frames + 2, (n, 1, 1), generator=g, device=g.device)
             self.frames = (begin + torch.arange(cfg.clip_frames, device=g.device)[:, None]).expand(-1, -1, 2)
-        share = cfg.batch_size // self.world
-        first = index * cfg.batch_size + self.rank * share
-        mine = slice(first, first + share)
+        n = cfg.batch_size // self.world
+        first = index * cfg.batch_size + self.rank * n
+        mine = slice(first, first + n)
         path, action, frames = (x[mine] for x in (self.data.position, self.data.action, self.frames))
         layout = Layout(*(x[mine] for x in self.data.layout))
         return Trajectories(path.gather(1, frames), action.gather(1, frames[:, :-1]), layout)
@@ -549,6 +553,20 @@ def gather(z: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def share(n: int) -> slice:
+    """Which of n things this process takes; the first one always has some."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
+
+
+def joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The parts [n, ...] of all processes, one below the other; without a gradient."""
+    if dist.is_initialized():
+        dist.all_gather_object(lists := [None] * dist.get_world_size(), [part.cpu() for part in parts])
+        parts = [part.to(device) for of_one in lists for part in of_one]
+    return torch.cat(parts)
+
+
 def step_metric_loss(psi: Tensor, action: Tensor) -> Tensor:
     """psi [B, T, 64] of clips' frames, actions [B, T - 1, 2] -> scalar.
 
@@ -732,9 +750,9 @@ def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor,
     for t, action in enumerate(actions.flatten(0, 1).unbind(1)):  # [E S, 2]
         z, psi = imagine(model, cfg, z, psi, action)
         if cfg.objective == "sum" or t == H - 1:
-            at = z.view(E, S, -1)
+            at = z.unflatten(0, (E, S))
             if cfg.cost == "distance":
-                cost = cost + model.distance(at, goal, psi.view(E, S, -1))
+                cost = cost + model.distance(at, goal, psi.unflatten(0, (E, S)))
             else:
                 cost = cost + (at - goal).float().square().mean(2)
     return cost
@@ -744,7 +762,20 @@ def limit_norm(actions: Tensor, limit: float) -> Tensor:
     return actions * (limit / actions.norm(dim=-1, keepdim=True).clamp(min=limit)) if limit else actions
 
 
-def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generator, cost_of=rollout_cost):
+class Noise:
+    """Random numbers for E episodes, as `noise(torch.randn, E, ...)`. Where processes share `episodes` of them, each
+    draws those of all and takes its own: how many share the work does not change a plan."""
+
+    def __init__(self, seed: int, device: torch.device, episodes: int | None = None):
+        self.generator, self.episodes = torch.Generator(device), episodes
+        self.generator.manual_seed(seed)
+
+    def __call__(self, law, E: int, *shape: int) -> Tensor:
+        g, n = self.generator, self.episodes or E
+        return law(n, *shape, generator=g, device=g.device)[share(n) if self.episodes else slice(None)]
+
+
+def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise: Noise, cost_of=rollout_cost):
     """Sampling-based planning from latents [E, D] to goal latents [E, D], from the plan `mean` [E, H, 2] on.
 
     MPPI (Williams et al. 2017, arXiv 1707.02342) over elites, as in TD-MPC (arXiv 2203.04955), or CEM.
@@ -759,8 +790,8 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generato
     std = torch.full_like(mean, cfg.init_std)
     best = mean
     for _ in range(cfg.iterations):
-        noise = torch.randn(E, S, H, 2, generator=generator, device=device)
-        actions = mean[:, None] + std[:, None] * torch.einsum("ht,estk->eshk", ar, noise)
+        white = noise(torch.randn, E, S, H, 2)
+        actions = mean[:, None] + std[:, None] * torch.einsum("ht,estk->eshk", ar, white)
         if cfg.warm_start:  # never lose what was found
             actions[:, 0], actions[:, 1] = mean, best
         actions = limit_norm(actions, cfg.action_limit)
@@ -771,18 +802,19 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, generato
         mean = (w * elites).sum(1)
         std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=0.05)
     if cfg.execute == "elite":
-        drawn = torch.multinomial(weight, 1, generator=generator)[:, :, None, None].expand(-1, -1, H, 2)
-        return elites.gather(1, drawn)[:, 0], mean
+        drawn = (weight.cumsum(1) < noise(torch.rand, E, 1)).sum(1).clamp(max=cfg.elites - 1)
+        return elites[torch.arange(E, device=device), drawn], mean
     return mean, mean
 
 
 class Agent:
-    """Plans for E episodes at once: `act(obs, goal_obs, steps_left) -> actions [E, 2]`; `reset()` between episodes."""
+    """Plans for E episodes at once: `act(obs, goal_obs, steps_left) -> actions [E, 2]`; `reset()` between episodes.
 
-    def __init__(self, model: WorldModel, cfg: Config, seed: int = 0):
+    `shared`: act() is given share(shared) of so many episodes, other processes have the rest."""
+
+    def __init__(self, model: WorldModel, cfg: Config, seed: int = 0, shared: int | None = None):
         self.model, self.cfg, self.device = model.eval(), cfg, next(model.parameters()).device
-        self.generator = torch.Generator(self.device)
-        self.generator.manual_seed(seed)
+        self.noise = Noise(seed, self.device, shared)
         self.reset()
 
     def reset(self) -> None:
@@ -816,7 +848,7 @@ class Agent:
             mean[:, : kept.shape[1]] = kept
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(self.device)):
             state, goal = self.model.encode(torch.cat((obs.float(), goal_obs.float()))).float().chunk(2)
-            self.actions, self.mean = plan(self.model, self.cfg, state, goal, mean, self.generator)
+            self.actions, self.mean = plan(self.model, self.cfg, state, goal, mean, self.noise)
             if self.cfg.patience and self.cfg.cost == "distance":
                 self.actions = self.wander(self.model.distance(state, goal), self.actions)
         self.age = 0
@@ -828,7 +860,7 @@ class Agent:
         self.idle = torch.where(nearer, 0, self.idle + self.age)
         stuck = (self.idle >= self.cfg.patience) & (to_go > SUCCESS_PX)
         self.nearest, self.idle = self.nearest.where(~stuck, torch.inf), self.idle.where(~stuck, 0)
-        angle = 2 * math.pi * torch.rand(len(to_go), 1, generator=self.generator, device=to_go.device)
+        angle = 2 * math.pi * self.noise(torch.rand, len(to_go), 1)
         away = torch.stack((angle.cos(), angle.sin()), 2) * (self.cfg.action_limit or 1.0)  # [E, 1, 2]
         return torch.where(stuck[:, None, None], away, actions)
 
@@ -882,8 +914,10 @@ class Episodes(NamedTuple):
 
 @torch.no_grad()
 def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown: int = 0) -> Episodes:
-    """All tasks side by side under `policy(obs, info, steps_left) -> actions`; an Agent also shows its plans."""
+    """All tasks side by side under `policy(obs, info, steps_left) -> actions`; an Agent also shows its plans. Every
+    process moves all dots, and an Agent that is shared plans for its part of them."""
     agent = policy if isinstance(policy, Agent) else None
+    mine = share(episodes) if agent and agent.noise.episodes else slice(None)
     env = TwoRooms(episodes, cfg.task_seed, cfg.fixed_wall, cfg.episode_steps, device)
     obs, info = env.reset()
     path, plans, seconds = [info["position"]], [], 0.0
@@ -892,7 +926,9 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
         left = cfg.episode_steps - t
         synchronize(device)
         begin = time.perf_counter()
-        action = agent.act(obs, info["goal_obs"], left) if agent else policy(obs, info, left)
+        action = agent.act(obs[mine], info["goal_obs"][mine], left) if agent else policy(obs, info, left)
+        if agent and agent.noise.episodes:
+            action = joined([action], device)
         synchronize(device)
         seconds += time.perf_counter() - begin
         if agent and shown:
@@ -920,8 +956,9 @@ def evaluate_planning(model: WorldModel, cfg: Config, device: torch.device) -> t
         angle = 2 * math.pi * torch.rand(E, generator=g, device=device)
         return 2.45 * torch.stack((angle.cos(), angle.sin()), 1)
 
+    shown = 0 if share(E).start else min(share(E).stop, 6)  # the first process draws its first tasks
     runs = dict(
-        agent=run_episodes(cfg, E, Agent(model, cfg), device, shown=min(E, 6)),
+        agent=run_episodes(cfg, E, Agent(model, cfg, shared=E), device, shown),
         random=run_episodes(cfg, E, random_policy, device),
         straight=run_episodes(cfg, E, straight_line, device),
     )
@@ -1020,13 +1057,14 @@ def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
     from matplotlib.figure import Figure
 
     good = run.near()[:, -1]
-    groups = [(good.nonzero()[:, 0][:most], "reached the goal", BLUE), ((~good).nonzero()[:, 0][:most], "failed", RED)]
-    rows = [max(1, math.ceil(len(tasks) / 8)) for tasks, _, _ in groups]
+    groups = [group for group in ((good, "reached the goal", BLUE), (~good, "failed", RED)) if group[0].any()]
+    rows = [math.ceil(min(most, int(which.sum())) / 8) for which, _, _ in groups]
     figure = Figure(figsize=(12, 1.75 * sum(rows) + 0.6), layout="constrained")
-    for part, (tasks, name, colour) in zip(figure.subfigures(2, 1, height_ratios=rows), groups):
-        count = int(good.sum()) if name != "failed" else int((~good).sum())
-        part.suptitle(f"{name}: {count} of {len(good)} tasks" + (f", {len(tasks)} shown" if count > len(tasks) else ""))
-        axes = list(part.subplots(max(1, math.ceil(len(tasks) / 8)), 8, squeeze=False).flat)
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for part, n_rows, (which, name, colour) in zip(parts, rows, groups):
+        tasks, count = which.nonzero()[:, 0][:most], int(which.sum())
+        part.suptitle(f"{name}: {count} of {len(good)} tasks" + (f", {most} shown" if count > most else ""))
+        axes = list(part.subplots(n_rows, 8, squeeze=False).flat)
         for axis in axes:
             axis.set_axis_off()
         for axis, n in zip(axes, tasks.tolist()):
@@ -1223,11 +1261,22 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     return state
 
 
+@contextlib.contextmanager
+def fitting(path: Path):
+    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # parts missing, of other types or shapes
+        raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
+
+
 def from_saved(config: dict) -> Config:
     try:
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    except TypeError as error:  # fields that have come or gone
-        raise UserError(f"the run is of another version of this script ({error})") from None
+        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
+        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
 
 
 def resumed(cfg: Config) -> Config:
@@ -1243,15 +1292,16 @@ def resumed(cfg: Config) -> Config:
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
     """Put a checkpoint back; the command line must agree with it in what shapes training. -> step, seconds so far."""
     state = load_checkpoint(path, device)
-    saved = from_saved(state["config"])
-    for field in dataclasses.fields(Config):
-        was, now = getattr(saved, field.name), getattr(cfg, field.name)
-        if was != now and field.name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; give the same flags")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"], state["train_seconds"]
+    with fitting(path):
+        saved = from_saved(state["config"])
+        for field in dataclasses.fields(Config):
+            was, now = getattr(saved, field.name), getattr(cfg, field.name)
+            if was != now and field.name not in MAY_CHANGE_ON_RESUME:
+                raise UserError(f"--resume: the run has {field.name} {was}, the command line {now}; use the same flags")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        return int(state["step"]), float(state["train_seconds"])
 
 
 def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
@@ -1263,9 +1313,10 @@ def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
     state = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
     if unknown := set(planner) - PLANNER:
         raise TypeError(f"not a planner option: {', '.join(sorted(unknown))}")
-    cfg = check(dataclasses.replace(from_saved(state["config"]), **planner))
-    model = WorldModel(cfg).to(device)
-    model.load_state_dict(state["model"])
+    with fitting(path):
+        cfg = check(dataclasses.replace(from_saved(state["config"]), **planner))
+        model = WorldModel(cfg).to(device)
+        model.load_state_dict(state["model"])
     return Agent(model, cfg)
 
 
@@ -1315,8 +1366,10 @@ def peak_memory(device: torch.device) -> float:
     """GiB: the most that tensors took on a GPU, elsewhere the most that the process took."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    import resource  # not there on Windows
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return 0.0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
@@ -1340,7 +1393,7 @@ def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
     """The loss function to call, compiled if wanted and possible, warmed up on a batch that leaves no trace."""
     begin, state = time.perf_counter(), {k: v.clone() for k, v in model.state_dict().items()}
     whole = not dist.is_initialized()  # collectives break the graph
-    for wanted in (True, False)[not cfg.compile :]:
+    for wanted in (True, False) if cfg.compile else (False,):
         try:
             function = torch.compile(losses, fullgraph=whole, dynamic=False) if wanted else losses
             function(model, cfg, batch, amp)[0].backward()
@@ -1358,7 +1411,10 @@ def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
 def fit(
     cfg: Config, model: WorldModel, optimizer, batches, steps: int, start: int, seconds: float, run_dir: Path, say
 ) -> tuple[float, float]:
-    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up."""
+    """Train from step `start` to the end of a schedule of `steps`, or cfg.max_steps. -> seconds, those of warm-up.
+
+    Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
+    one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
     device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
@@ -1469,14 +1525,17 @@ def train(cfg: Config) -> dict:
         summary |= dict(distance_seconds=took, train_seconds=round(seconds + took, 1))
         say(f"distance: {summary['distance_error_px']:.1f} px off the shortest paths of {cfg.layouts} rooms | {took} s")
         save_checkpoint(run_dir, cfg, model, optimizer, done, seconds)
+    if dist.is_initialized():
+        for p in model.detour.parameters():  # learnt by the first process
+            dist.broadcast(p.data, 0)
+    summary |= evaluate(model.eval(), cfg, device, run_dir if rank == 0 else None, clips(0))
     if rank == 0:
-        summary |= evaluate(model.eval(), cfg, device, run_dir, clips(0))
         finish(run_dir, summary, device, say)
     return summary
 
 
-def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path, batch: Trajectories) -> dict:
-    """Unrolling, planning, figures, summary.json. -> what it adds to the summary."""
+def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path | None, batch: Trajectories) -> dict:
+    """Unrolling, planning; figures, unless another process draws them (run_dir None). -> what the summary gains."""
     begin = time.perf_counter()
     unroll = evaluate_unroll(model, cfg, device)
     stop_if_asked()
@@ -1485,10 +1544,11 @@ def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path
         result = collapse_meter(model.encode(render(batch.position, batch.layout).flatten(0, 1))) | unroll
     planning, runs = evaluate_planning(model, cfg, device) if cfg.episodes else ({}, {})
     result |= planning | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
-    draw_curves(run_dir)
-    draw_results(run_dir, unroll, runs)
-    draw_unroll(run_dir / "unroll.gif", example, decoded)
-    if runs:
+    if run_dir:
+        draw_curves(run_dir)
+        draw_results(run_dir, unroll, runs)
+        draw_unroll(run_dir / "unroll.gif", example, decoded)
+    if run_dir and runs:
         draw_map(run_dir / "map.png", runs["agent"])
         draw_episodes(run_dir / "episodes.gif", runs["agent"])
     return result
@@ -1539,6 +1599,10 @@ def main() -> None:
         code, message = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
+    except (dist.DistError, RuntimeError) as error:
+        if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
+            raise
+        code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -2,6 +2,7 @@
 
     python results/campaign.py ablations                            # the cpu presets, shortened, one thing changed at a time
     python results/campaign.py ablations image_jepa --data data/cifar10    # of one script, with a flag for each of its runs
+    python results/campaign.py course                               # video: mAP along the training, by our recipe and as published
     python results/campaign.py gpu --minutes 9                      # on a GPU: benchmark, presets gpu and paper; again until done
 
 Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/.
@@ -57,6 +58,15 @@ ABLATIONS = {
         ("map", "ap", "effective_rank", "train_seconds"),
     ),
 }
+
+COURSE = {  # recipes of video_jepa.py whose mAP is measured along the training
+    "preset cpu": [],
+    "published choices, same size": [
+        *("--norm", "batch", "--schedule", "constant", "--optimizer", "adam", "--lr", "0.001", "--context", "rounds"),
+        *("--no-centre-places", "--no-residual", "--down", "stride"),
+    ],
+}  # fmt: skip
+STOPS = (125, 250, 375, 500, 750, 1125)  # optimiser steps; the last is the end of one epoch
 
 
 GPU = [  # in the order of worth: script, name of the run, flags
@@ -119,6 +129,34 @@ def draw_horizons(rows: dict[str, dict]) -> None:
     figure.savefig(ROOT / "results/video_jepa/recipe.png", dpi=110)
 
 
+def course() -> None:
+    """results/course.json and results/video_jepa/course.png: each recipe is stopped, measured and gone on with."""
+    from matplotlib.figure import Figure
+
+    found = {}
+    for name, flags in COURSE.items():
+        folder = ROOT / "runs/video_jepa" / ("course " + name).replace(" ", "-").replace(",", "")
+        for stop in STOPS:
+            kept = folder / f"stop-{stop}.json"
+            if not kept.exists():
+                (folder / "summary.json").unlink(missing_ok=True)
+                common = ["--preset", "cpu", "--epochs", "1", "--validation-clips", "500", "--max-steps", str(stop)]
+                kept.write_text(json.dumps(run("video_jepa", folder, [*common, *flags])))
+            summary = json.loads(kept.read_text())
+            found.setdefault(name, {})[stop] = {key: summary[key] for key in ("map", "map_rounds", "ap", "ap_rounds")}
+            print(f"{name:<40}{stop:>6} steps: mAP {summary['map']}, in rounds {summary['map_rounds']}", flush=True)
+    (ROOT / "results/course.json").write_text(json.dumps(dict(device=summary["device"], runs=found), indent=1))
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for n, (name, by_stop) in enumerate(found.items()):
+        for key, style, label in (("map", "-o", "from two true frames"), ("map_rounds", "--s", "in rounds")):
+            axis.plot(STOPS, [by_stop[stop][key] for stop in STOPS], style, color=f"C{n}", label=f"{name}, {label}")
+    axis.set(xlabel="optimiser step", ylabel="mAP (1 to 7 frames ahead)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(ROOT / "results/video_jepa/course.png", dpi=110)
+
+
 def keep(script: str, name: str, folder: Path, results: Path, **facts) -> None:
     """The summary, and of the first seed the figures, into results/<script>/."""
     target = results / script
@@ -157,7 +195,7 @@ def gpu(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands = dict(ablations=ablations, gpu=gpu)
+    commands = dict(ablations=ablations, course=lambda arguments: course(), gpu=gpu)
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](sys.argv[2:])
     else:

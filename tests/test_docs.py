@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import image_jepa as ij
 import video_jepa as vj
 import world_model as wm
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -71,3 +73,49 @@ def test_importing_does_nothing(script):
 def test_make_lists_its_targets():
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(target in shown for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split() if target != "help")
+
+
+def trained(script, folder: Path, **more) -> str:
+    """The folder of a run of a few steps."""
+    script.train(script.preset("smoke", **{**dict(max_steps=3, run_dir=str(folder)), **more}))
+    return repr(str(folder))
+
+
+def example(script) -> str:
+    (found,) = (code for code in EXAMPLES if f"import {script}" in code or f"from {script}" in code)
+    return found
+
+
+def test_every_example_is_tested():
+    assert len(EXAMPLES) == 4
+
+
+def test_example_of_image_features(tmp_path):
+    from torchvision.utils import save_image
+
+    images = ij.shapes(40, 60, 10)
+    for n, (image, label) in enumerate(zip(images.train, images.train_label)):
+        path = tmp_path / "data/train" / images.classes[label] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(image / 255, path)
+    code = example("image_jepa").replace('"runs/image_jepa/cpu-1"', trained(ij, tmp_path / "run", evaluate=False))
+    exec(code.replace("path/to/folder", str(tmp_path / "data")), names := {})
+    assert names["classifier"].coef_.shape == (10, 8 * 24)
+
+
+def test_example_of_video(tmp_path):
+    code = example("video_jepa").replace('"runs/video_jepa/cpu-1"', trained(vj, tmp_path / "run", evaluate=False))
+    exec(code, names := dict(frames=torch.rand(2, 1, 6, 64, 64)))
+    assert names["where"].shape == (2, 5, 8, 8) and names["model"].decode(names["ahead"]).shape == (2, 5, 64, 64)
+
+
+def test_example_of_an_agent(tmp_path, capsys):
+    code = example("world_model").replace('"runs/world_model/cpu-1"', trained(wm, tmp_path / "run", episodes=0))
+    exec(code, names := {})
+    assert names["truncated"].all() and "tensor([" in capsys.readouterr().out
+
+
+def test_example_of_kernels():
+    encoder = torch.nn.Linear(8, 4)
+    exec(example("kernels"), dict(encoder=encoder, batch=torch.randn(16, 8), energy=lambda z: z.square().mean()))
+    assert encoder.weight.grad.abs().sum() > 0

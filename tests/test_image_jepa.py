@@ -170,7 +170,7 @@ def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
     for step in (3, 7, 0):
         for a, b in zip((x for x in one(step) if isinstance(x, torch.Tensor)), (x for x in other(step) if isinstance(x, torch.Tensor))):
             assert torch.equal(a, b)
-        assert all(torch.equal(a, b) for a, b in zip(one(step).views, other(step).views))
+        assert all(torch.equal(a, b) for a, b in zip(one(step).augmentation, other(step).augmentation))
     seen = torch.cat([one(s).images for s in range(5)]).flatten(1).unique(dim=0)
     assert len(seen) == len(images.train.flatten(1).unique(dim=0))
     assert not torch.equal(one(0).images, one(5).images)  # a new order in the next epoch
@@ -248,7 +248,7 @@ def test_the_loss_is_its_formula(loss):
     total, terms, z = ij.losses(model, cfg, batch._replace(images=batch.images))
     with torch.no_grad():
         model.load_state_dict(small(loss=loss)[1].double().state_dict())  # BatchNorm has moved its averages
-        x = ij.augment(batch.images, batch.views, cfg.crop_size)
+        x = ij.augment(batch.images, batch.augmentation, cfg.crop_size)
         p = model.projector(model.encoder(x)).view(3, 16, -1)
     pairs = [(p[a] - p[b]).square().mean() for a in range(3) for b in range(a)]
     invariance, variance, covariance, sigreg, probe = terms

@@ -1,6 +1,7 @@
 """Resume, kills, damaged checkpoints and bad input, of every script: what a person sees, and that nothing is lost."""
 import dataclasses
 import inspect
+import io
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import image_jepa as ij
 import video_jepa as vj
@@ -57,14 +60,14 @@ def assert_same(a, b):
 
 def test_what_the_scripts_have_in_common_reads_the_same():
     for name in (
-        "seeded", "wide", "gather", "collapse_meter", "stop_if_asked", "synchronize", "use_bf16", "start_device", "open_run_dir", "write_atomically",
+        "seeded", "wide", "gather", "share", "joined", "collapse_meter", "stop_if_asked", "synchronize", "use_bf16", "start_device", "open_run_dir", "write_atomically",
         "save_checkpoint", "load_checkpoint", "from_saved", "restore", "describe", "write_config", "trim_metrics", "main", "UserError", "Interrupted", "run_folder", "resumed", "peak_memory", "finish",
-        "report", "draw_lines", "draw_curves",
+        "one_line", "fitting", "report", "draw_lines", "draw_curves",
     ):  # fmt: skip
         assert len({inspect.getsource(getattr(script, name)) for script in FAST}) == 1, name
     for name in ("compiled", "fit"):  # but for the types of model and batch
         assert len({inspect.getsource(getattr(script, name)).split('"""', 1)[1] for script in FAST}) == 1, name
-    for name in ("BatchNorm", "update", "orthogonal", "one_line"):
+    for name in ("BatchNorm", "update", "orthogonal", "Muon", "memory"):
         assert inspect.getsource(getattr(ij, name)) == inspect.getsource(getattr(vj, name)), name
 
 
@@ -290,6 +293,8 @@ def test_nan_is_named_and_the_checkpoint_kept(script, part, term, tmp_path, monk
     assert all(p.isfinite().all() for p in checkpoint(folder)["model"].values())
 
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+PROCESSES = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 GRADIENTS = """
 import os, sys, torch, torch.distributed as dist
 script = __import__(sys.argv[1])
@@ -303,12 +308,11 @@ if script.SCRIPT == "world_model":
     batch = script.Trajectories(batch.position.double(), batch.action.double(), script.Layout(*(x.double() for x in batch.layout)))
 elif script.SCRIPT == "video_jepa":
     model = script.Model(cfg).double()
-    # the decoder sees an eighth of the clips of each process, so it is left out
-    batch, script.F.binary_cross_entropy_with_logits = script.ClipStream(cfg, torch.device("cpu"), rank, world)(0), lambda a, b, f=script.F.binary_cross_entropy_with_logits: f(a, b) * (a.shape[-1] == 8)
+    batch = script.ClipStream(cfg, torch.device("cpu"), rank, world)(0)
 else:
     model = script.Model(cfg, 10).double()
     whole = script.Batches(cfg, script.shapes(32, 64, 10), model.projections)(0)
-    seen = script.augment(whole.images, whole.views, cfg.crop_size).double().unflatten(0, (cfg.views, 8))
+    seen = script.augment(whole.images, whole.augmentation, cfg.crop_size).double().unflatten(0, (cfg.views, 8))
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
     script.augment = lambda *_: seen[:, share].flatten(0, 1)  # each process draws its own views; here they must be those of one
     batch = whole._replace(images=whole.images[share], labels=whole.labels[share])
@@ -330,14 +334,248 @@ if dist.is_initialized():
 @pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch", centre_places=True))], ids=["world_model", "vicreg", "sigreg", "video_jepa"])
 def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
     (tmp_path / "grads.py").write_text(GRADIENTS)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     arguments = lambda out: [tmp_path / "grads.py", script.SCRIPT, tmp_path / out, repr(flags)]
-    subprocess.run([sys.executable, *arguments("one.pt")], check=True, env=env)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
-    ended = subprocess.run([*launch, *arguments("two.pt")], env=env, capture_output=True, text=True)
+    subprocess.run([sys.executable, *arguments("one.pt")], check=True, env=PROCESSES)
+    ended = subprocess.run([*LAUNCH, *arguments("two.pt")], env=PROCESSES, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     (one, loss, buffers), (two, loss2, buffers2) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10 * one.abs().max().item())
     torch.testing.assert_close(loss, loss2, rtol=1e-10, atol=0)
     for a, b in zip(buffers, buffers2):  # BatchNorm's averages too
         torch.testing.assert_close(a, b)
+
+
+EVALUATED = {  # a run with all of its evaluation, small
+    wm: dict(steps=24, **EVERY6),
+    ij: dict(batch_size=32, epochs=24 / 250, warmup_epochs=0.01, **EVERY6),
+    vj: dict(batch_size=8, epochs=1, clips_per_epoch=192, validation_clips=230, **EVERY6),
+}
+FIGURES = {  # of summary.json
+    wm: ("success_rate", "success_rate_any", "failed_tasks", "random_success_rate", "position_error_px", "latent_error", "distance_error_px"),
+    ij: ("linear_accuracy", "knn_accuracy", "knn20_accuracy", "online_accuracy", "random_encoder_accuracy", "effective_rank"),
+    vj: ("map", "ap", "ap_rounds", "ap_copy_last", "ap_constant_velocity", "ap_true_frames", "effective_rank"),
+}
+
+
+@scripts
+def test_a_run_moves_between_one_and_two_processes(script, tmp_path):
+    """Twelve steps on one process, six on two, which share the evaluation; then it is evaluated again by one."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    config = lambda folder, **more: script.preset("smoke", **{**EVALUATED[script], "run_dir": str(folder), **more})
+    off = dict(episodes=0) if script is wm else dict(evaluate=False)
+    script.train(config(folder, max_steps=12, **off))
+    flags = ["--resume", "--run-dir", folder, "--max-steps", "18", *(["--episodes", "6"] if script is wm else ["--evaluate"])]
+    ended = subprocess.run([*LAUNCH, ROOT / f"{script.SCRIPT}.py", *flags], env=PROCESSES, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    two, threads = json.loads((folder / "summary.json").read_text()), torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two had
+    one = script.train(config(folder, resume=True, max_steps=18))
+    torch.set_num_threads(threads)
+    assert checkpoint(folder)["step"] == 18
+    for name in FIGURES[script]:
+        assert one[name] == pytest.approx(two[name], rel=1e-3), name
+    script.train(config(whole, max_steps=18, **off))
+    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole)]
+    (a, b) = ({r["step"]: r["loss"] for r in log if "loss" in r} for log in logs)
+    assert a[18] == pytest.approx(b[18], rel=0.02)
+
+
+SHARED = """
+import sys, torch, torch.distributed as dist, os, world_model as wm
+dist.init_process_group("gloo") if "RANK" in os.environ else None
+wm.use_bf16 = lambda device: False
+torch.manual_seed(0)
+found = []
+for flags in (dict(), dict(planner="mppi", execute="elite", replan_every=2, patience=4)):
+    cfg = wm.preset("smoke", episodes=5, episode_steps=12, **flags)
+    model = wm.WorldModel(cfg)
+    for episodes in (5, 1):
+        run = wm.run_episodes(cfg, episodes, wm.Agent(model, cfg, shared=episodes), torch.device("cpu"))
+        found.append(run.position)
+if not dist.is_initialized() or dist.get_rank() == 0:
+    torch.save(found, sys.argv[1])
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def test_processes_that_share_episodes_act_as_one(tmp_path):
+    """Every position of every episode, also where one process has none to plan for."""
+    (tmp_path / "plan.py").write_text(SHARED)
+    for launch, out in (([sys.executable], "one.pt"), (LAUNCH, "two.pt")):
+        ended = subprocess.run([*launch, tmp_path / "plan.py", tmp_path / out], env=PROCESSES, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    for one, two in zip(*(torch.load(tmp_path / out) for out in ("one.pt", "two.pt")), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+        assert (one[:, -1] - one[:, 0]).norm(dim=1).min() > 0.1
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path):
+    folder = tmp_path / "run"
+    command = [*LAUNCH, ROOT / "world_model.py", "--preset", "smoke", *ENDLESS[wm], "--checkpoint-every", "5", "--run-dir", folder]
+    run = subprocess.Popen(command, env=PROCESSES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 120
+    while time.time() < until and not (folder / "previous.pt").exists():
+        time.sleep(0.1)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    second = next(pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode and "another process of this run has ended" in error
+    assert "world_model.py\"" not in error  # no traceback of ours; torchrun reports in its own words
+    step = checkpoint(folder)["step"]
+    assert step >= 10 and step % 5 == 0
+    wm.train(wm.preset("smoke", steps=4000, checkpoint_every=5, run_dir=str(folder), resume=True, max_steps=step + 1, episodes=0))
+    assert checkpoint(folder)["step"] == step + 1
+
+
+@scripts
+def test_a_signal_during_evaluation_leaves_a_run_that_can_be_finished(script, tmp_path):
+    folder = tmp_path / "run"
+    script.train(fast(script, folder, **({"cost": "distance", "distance_steps": 30} if script is wm else {})))
+    (folder / "summary.json").unlink()
+    flags = ["--episodes", 6, "--episode-steps", 4000] if script is wm else ["--evaluate"]
+    flags += ["--validation-clips", 20_000] if script is vj else []
+    run = start(script, "--resume", "--run-dir", folder, *flags)
+    for line in run.stdout:
+        if line.startswith("compile and warm-up"):
+            break
+    time.sleep(1.0)
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM and "--resume" in error and "Traceback" not in error, error
+    assert not (folder / "summary.json").exists()
+    assert checkpoint(folder)["step"] == 24
+
+
+def test_a_signal_while_compiling_or_drawing(tmp_path):
+    folder = tmp_path / "compiling"
+    run = start(wm, "--compile", "--rollout", 1, "--run-dir", folder)
+    until = time.time() + 60
+    while time.time() < until and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(2.0)
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=240)
+    assert run.returncode == 128 + signal.SIGINT and "stopped at step 0" in error and "Traceback" not in error, error
+    folder = tmp_path / "drawing"
+    run = start(ij, "--epochs", 0.1, "--warmup-epochs", 0.01, "--run-dir", folder)
+    until = time.time() + 120
+    while time.time() < until and not (folder / "curves.png").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=120)  # obeyed between two figures, or too late to matter
+    assert "Traceback" not in error and checkpoint(folder)["step"] == 12
+    assert run.returncode == 128 + signal.SIGTERM or run.returncode == 0 and (folder / "summary.json").exists()
+
+
+@scripts
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(script, tmp_path):
+    """On a file system of its own that has room for two checkpoints and not for the third."""
+    script.train(fast(script, tmp_path / "fits", max_steps=6))
+    kilobytes = (tmp_path / "fits/checkpoint.pt").stat().st_size * 5 // 2 // 1024
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in FAST[script].items() if name != "evaluate"]
+    command = f"""mount -t tmpfs -o size={kilobytes}k none {small} || exit 99
+        {sys.executable} {ROOT}/{script.SCRIPT}.py --preset smoke {' '.join(flags)} --run-dir {small}/run
+        code=$?; cp -r {small}/run {kept}; exit $code"""
+    ended = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True)
+    if "unshare" in ended.stderr or ended.returncode == 99:
+        pytest.skip("no file system can be mounted here")
+    assert ended.returncode == 2 and "No space left on device" in ended.stderr, ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert checkpoint(kept)["step"] == 12 and not list(kept.glob("*.tmp"))
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path):
+    for folder, said in (("/proc/run", "/proc"), ("/dev/full/run", "/dev/full")):
+        with pytest.raises((OSError, wm.UserError), match=said):
+            wm.train(fast(wm, folder))
+    ended = start(wm, "--run-dir", "/proc/run")
+    _, error = ended.communicate(timeout=60)
+    assert ended.returncode == 2 and error.startswith("error: /proc") and len(error.strip().splitlines()) == 1
+
+
+@scripts
+def test_long_runs_do_not_grow(script, tmp_path, monkeypatch):
+    """2,000 steps: what the process holds after 600 is, but for a few MiB, what it holds at the end."""
+    taken, real = {}, script.log_step
+
+    def spy(run_dir, cfg, step, *rest):
+        taken[step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        real(run_dir, cfg, step, *rest)
+
+    monkeypatch.setattr(script, "log_step", spy)
+    small = {wm: dict(steps=2000, batch_size=4), ij: dict(batch_size=4, epochs=1, crop_size=16), vj: dict(epochs=1, batch_size=1, clips_per_epoch=2000, frames=4, rollout=1)}
+    script.train(fast(script, tmp_path / "run", **{**small[script], "log_every": 100, "checkpoint_every": 200}))
+    assert max(taken) == 2000 and max(taken.values()) - taken[600] < 16, taken
+
+
+# Fuzzing. What it found is kept as examples and in the tables above.
+bounded = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+VALUES = st.one_of(
+    st.integers(-3, 2**65).map(str), st.floats().map(str), st.text(max_size=12), st.sampled_from(["", "true", "None", "cpu", "smoke", "vicreg", "mnist", "0", "-1"])
+)  # fmt: skip
+
+
+@scripts
+@bounded
+@given(data=st.data())
+def test_any_command_line_is_taken_or_refused_in_one_line(script, data):
+    names = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(script.Config)]
+    flags = data.draw(st.lists(st.tuples(st.sampled_from([*names, "--no-compile", "--", "-x", "word"]), VALUES), max_size=4))
+    argv = [part for flag in flags for part in flag if part != ""]
+    try:
+        assert isinstance(script.check(script.parse(["--preset", "smoke", *argv])), script.Config)
+    except script.UserError as error:
+        assert str(error) and "\n" not in str(error)
+    except SystemExit as ended:  # --help
+        assert not ended.code
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folders = {script: tmp_path_factory.mktemp(script.SCRIPT) / "run" for script in FAST}
+    for script, folder in folders.items():
+        script.train(fast(script, folder, max_steps=6))
+    return {script: (folder / "checkpoint.pt").read_bytes() for script, folder in folders.items()}
+
+
+@scripts
+@bounded
+@given(data=st.data())
+def test_any_damage_to_a_checkpoint_is_refused_in_one_line_or_harmless(script, data, sound, tmp_path_factory):
+    content = bytearray(sound[script])
+    for at, byte in data.draw(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4)):
+        # half of the damage goes to the beginning and to the end, where the structure is
+        content[(at % 8192 if byte % 4 == 0 else -1 - at % 8192 if byte % 4 == 1 else at * 7919) % len(content)] = byte
+    cut = data.draw(st.integers(0, 5000))
+    path = tmp_path_factory.getbasetemp() / f"{script.SCRIPT}-fuzzed.pt"
+    path.write_bytes(content[: len(content) - cut] if cut % 3 == 0 else content)
+    try:
+        script.load(path)
+    except script.UserError as error:
+        assert "\n" not in str(error)
+
+
+@scripts
+@bounded
+@given(data=st.data())
+def test_a_checkpoint_with_other_content_is_refused_in_one_line(script, data, sound, tmp_path_factory):
+    """Sound files whose content is not what it should be: parts missing, of another type, other settings."""
+    state = torch.load(io.BytesIO(sound[script]), weights_only=True)
+    junk = st.one_of(st.none(), st.integers(-2, 70), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3))
+    where = state["config"] if data.draw(st.booleans()) else state
+    key = data.draw(st.sampled_from(sorted(where)))
+    if data.draw(st.booleans()):
+        where[key] = data.draw(junk)
+    else:
+        del where[key]
+    path = tmp_path_factory.getbasetemp() / f"{script.SCRIPT}-other.pt"
+    torch.save(state, path)
+    try:
+        script.load(path)
+    except script.UserError as error:
+        assert "\n" not in str(error)

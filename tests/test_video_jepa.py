@@ -244,7 +244,8 @@ def test_a_fixed_code_of_places_does_not_count_as_spread():
 def test_muon_turns_matrices_and_leaves_vectors_to_adam():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(6, 4, 3)), torch.nn.Parameter(torch.randn(7))
-    before, optimizer = (matrix.detach().clone(), vector.detach().clone()), vj.Muon([matrix, vector], lr=0.1, weight_decay=0.0)
+    before = matrix.detach().clone(), vector.detach().clone()
+    optimizer = vj.Muon([dict(params=[matrix], matrix=True), dict(params=[vector], matrix=False)], lr=0.1)
     matrix.grad, vector.grad = torch.randn(6, 4, 3), torch.randn(7)
     slope = vector.grad.sign()
     for group in optimizer.param_groups:  # as `update` does it

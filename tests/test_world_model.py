@@ -371,21 +371,21 @@ def toy_cost(model, cfg, state, actions, goal):
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
 def test_planners_find_the_known_optimum(planner, temperature, smooth):
     cfg = preset("cpu", planner=planner, temperature=temperature, smooth=smooth, samples=256, elites=24, iterations=12, action_limit=0.0)
-    action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), toy_cost)
+    action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), toy_cost)
     torch.testing.assert_close(mean, TARGET, atol=0.1, rtol=0)
     assert torch.equal(action, mean)
 
 
 def test_planner_stays_within_the_action_limit():
     cfg = preset("cpu", samples=256, iterations=12, action_limit=0.6, temperature=0.02)
-    _, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), toy_cost)
+    _, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), toy_cost)
     assert mean.norm(dim=2).max() <= 0.6 + 1e-5
     torch.testing.assert_close(mean, wm.limit_norm(TARGET, 0.6), atol=0.1, rtol=0)
 
 
 def test_warm_start_keeps_a_perfect_plan_and_elites_are_candidates():
     cfg = preset("cpu", samples=32, elites=4, iterations=1, temperature=1e-6, action_limit=0.0)
-    _, mean = plan(None, cfg, None, None, TARGET.clone(), generator(), toy_cost)
+    _, mean = plan(None, cfg, None, None, TARGET.clone(), wm.Noise(0, CPU), toy_cost)
     torch.testing.assert_close(mean, TARGET)
     seen = []
 
@@ -394,8 +394,19 @@ def test_warm_start_keeps_a_perfect_plan_and_elites_are_candidates():
         return toy_cost(*arguments)
 
     cfg = dataclasses.replace(cfg, execute="elite", warm_start=False)
-    action, _ = plan(None, cfg, None, None, torch.zeros(2, 3, 2), generator(), spy)
+    action, _ = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), spy)
     assert (seen[0] == action[:, None]).all((2, 3)).any(1).all()
+
+
+def test_the_executed_elite_is_drawn_by_weight():
+    """Costs 0 and 1 at temperature 1: the better of two elites is executed in e / (1 + e) of the plans."""
+    cfg = preset("cpu", samples=2, elites=2, iterations=1, temperature=1.0, execute="elite", warm_start=False)
+    costs = torch.tensor([0.0, 1.0]).expand(20_000, 2)
+    seen = []
+    spy = lambda model, cfg, state, actions, goal: seen.append(actions) or costs
+    action, _ = plan(None, cfg, None, None, torch.zeros(20_000, 1, 2), wm.Noise(0, CPU), spy)
+    best = (seen[0][:, 0] == action).all((1, 2)).float().mean()
+    assert abs(best - math.e / (1 + math.e)) < 0.012  # four standard deviations
 
 
 @pytest.mark.parametrize("objective", ["sum", "last"])
