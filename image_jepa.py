@@ -21,6 +21,7 @@ scripts are nearly the same.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -555,13 +556,14 @@ def gather(z: Tensor) -> Tensor:
 
 
 def share(n: int) -> slice:
-    """Which of n things this process takes; the first one always has some."""
+    """Which of n > 0 things this process takes: neighbours, in the order of ranks; the first process has some."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
 
 def joined(parts: list[Tensor], device: torch.device) -> Tensor:
-    """The parts [n, ...] of all processes, one below the other; without a gradient."""
+    """The parts [n, ...] of all processes, one below the other in the order of ranks; without a gradient. Every process
+    must call it; of things shared out by share(n), rows come back in their first order."""
     if dist.is_initialized():
         dist.all_gather_object(lists := [None] * dist.get_world_size(), [part.cpu() for part in parts])
         parts = [part.to(device) for of_one in lists for part in of_one]
@@ -921,8 +923,8 @@ def note_signal(number: int, _) -> None:
 
 
 def progress(things, what: str):
-    """The things, with a progress bar where somebody is looking."""
-    return tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty())
+    """The things, with a progress bar on the first process, where somebody is looking."""
+    return tqdm(things, desc=what, leave=False, disable=int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty())
 
 
 def stop_if_asked() -> None:
@@ -963,7 +965,8 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
         raise UserError(f"--device {kind}: PyTorch sees no such device here; use --device auto or cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        hours = datetime.timedelta(hours=2)  # that the others wait while one works alone
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=hours)
     rank = dist.get_rank() if world > 1 else 0
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
@@ -1196,7 +1199,7 @@ def compiled(cfg: Config, model: Model, batch: Batch, amp: bool):
                 raise
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             tqdm.write(f"compiling failed, going on eagerly: {reason}")
-    model.load_state_dict(state)  # BatchNorm has counted the warm-up
+    model.load_state_dict(state)  # BatchNorm, where there is one, has counted the warm-up
     model.zero_grad(set_to_none=True)
     return function, time.perf_counter() - begin
 
@@ -1379,6 +1382,8 @@ def main() -> None:
         if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
             raise
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
+        if asked_to_stop:  # so were the others, and one was faster
+            code, message = 128 + asked_to_stop[0], "stopped with the other processes; go on with --resume"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -2,16 +2,17 @@
 
 A dot moves through two rooms joined by a door. Nothing tells the model what a position, a wall or a door is.
 
-    z_t = encode(o_t)                                   IMPALA CNN, LayerNorm
+    z_t = encode(o_t)                                   IMPALA CNN or a few strided convolutions, LayerNorm
     y_0 = z_t,  y_k = predict(y_{k-1}, a_{t+k-1})       GRU cell or residual MLP, then the encoder's LayerNorm
-    loss = mean_k |y_k - z_{t+k}|^2                     no stop-gradient; collapse is prevented by
+    loss = 4 mean_k |y_k - z_{t+k}|^2                   no stop-gradient; collapse is prevented by
          + 16 variance(z) + 8 covariance(z)             (VICReg, arXiv 2105.04906, in kernels/)
-         + 12 |z_t - z_{t+1}|^2                         smooth in time
-         + |inverse(z_t, z_{t+1}) - a_t|^2              and must tell which action was taken
+         + 12 |slow z_t - slow z_{t+1}|^2               half of the features: smooth in time
+         + 16 |inverse(fast z_t, fast z_{t+1}) - a_t|^2 the other half: must tell which action was taken
     plan: argmin over a_1..a_H of sum_t cost(y_t, encode(goal image)), by MPPI or CEM, again every few steps
 
-The published recipe (arXiv 2602.03604; preset `paper`) takes |y - goal|^2 for the cost. That is blind to walls: a lean
-planner walks into the corner nearest the goal. Presets `gpu` and `cpu` differ, still without any label, mainly in this:
+where |.|^2 is a mean over features. The published recipe (arXiv 2602.03604; preset `paper`) has weight 1 instead of 4
+and of the last 16, and takes |y - goal|^2 for the cost. That is blind to walls: a lean planner walks into the corner
+nearest the goal. Presets `gpu` and `cpu` differ, still without any label, mainly in this:
 
 1. Half of the latent must be slow (the similarity term), the other half must tell the action (inverse dynamics). Asked
    of all features at once, as published, the two compete, and a small encoder keeps the dot and forgets the door.
@@ -32,6 +33,7 @@ Preset cpu: 96-97 % of 100 tasks after 14 minutes on 2 cores (3 seeds, results/)
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import io
 import json
@@ -65,7 +67,7 @@ METER = ("std_min", "std_mean", "correlation")
 PUBLISHED = {  # arXiv 2602.03604, random wall, MPPI, one data-centre GPU
     "success_rate": "97 +- 2 of 20 tasks", "episode_seconds_single": "37",
 }  # fmt: skip
-ABLATIONS = ("variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance")
+Term = Literal["variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance"]
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -101,14 +103,14 @@ class Config:
     covariance_weight: float = 8.0  # squared off-diagonal covariances
     similarity_weight: float = 12.0  # squared difference of consecutive latents
     inverse_weight: float = 16.0  # inverse dynamics
-    ablate: tuple[Literal["variance", "covariance", "similarity", "inverse-dynamics", "rollout", "distance"], ...] = ()
+    ablate: tuple[Term, ...] = ()  # terms to leave out; rollout: predict one step only; distance: needs --cost latent
     # optimisation
     steps: int = 3125  # optimiser steps of the whole schedule
     max_steps: int = 0  # stop after this many steps of it; 0 = off
     batch_size: int = 384  # clips a step, over all processes
     lr: float = 1e-3  # peak of AdamW's learning rate, after 10 % linear warm-up and before cosine decay to 0
     weight_decay: float = 1e-5  # AdamW
-    grad_clip: float = 2.0  # largest gradient norm, of encoder and predictor apart
+    grad_clip: float = 2.0  # largest gradient norm, of each part (encoder, predictor, every head) apart
     # distance, learnt after the world model
     layouts: int = 1500  # rooms whose shortest paths are learnt
     walks: int = 24  # trajectories in each
@@ -127,7 +129,7 @@ class Config:
     temperature: float = 1.0  # of MPPI's softmax, in units of cost
     action_limit: float = 1.8  # largest action norm, px; 0 = off
     smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
-    warm_start: bool = True  # begin from the previous plan, shifted
+    warm_start: bool = True  # begin from what is left of the last plan; keep mean and best plan among the candidates
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
     replan_every: int = 4  # steps acted before planning anew
     patience: int = 12  # steps without coming 1 px nearer, by the learnt way, before going off at random; 0 = off
@@ -440,7 +442,8 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """IMPALA CNN (Espeholt et al. 2018, arXiv 1802.01561, fig. 3): observations [N, 2, 65, 65] in 0..255 -> [N, D]."""
+    """Observations [N, 2, 65, 65] in 0..255 -> latents [N, D]. impala: the CNN of Espeholt et al. 2018, fig. 3 (arXiv
+    1802.01561); strided: one stride-2 convolution and a ReLU a stage."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -554,13 +557,14 @@ def gather(z: Tensor) -> Tensor:
 
 
 def share(n: int) -> slice:
-    """Which of n things this process takes; the first one always has some."""
+    """Which of n > 0 things this process takes: neighbours, in the order of ranks; the first process has some."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
 
 def joined(parts: list[Tensor], device: torch.device) -> Tensor:
-    """The parts [n, ...] of all processes, one below the other; without a gradient."""
+    """The parts [n, ...] of all processes, one below the other in the order of ranks; without a gradient. Every process
+    must call it; of things shared out by share(n), rows come back in their first order."""
     if dist.is_initialized():
         dist.all_gather_object(lists := [None] * dist.get_world_size(), [part.cpu() for part in parts])
         parts = [part.to(device) for of_one in lists for part in of_one]
@@ -579,11 +583,11 @@ def step_metric_loss(psi: Tensor, action: Tensor) -> Tensor:
 def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T, D] (detached)."""
     (B, T, _), device = batch.position.shape, batch.position.device
-    off = {a: a in cfg.ablate for a in ABLATIONS}
+    weight = lambda term, of_term: 0.0 if term in cfg.ablate else of_term
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         z = model.encode(render(batch.position, batch.layout).flatten(0, 1)).view(B, T, -1)  # [B, T, D]
         # roll out from every frame that has K successors in the clip, all at once
-        K = 1 if off["rollout"] else cfg.rollout
+        K = 1 if "rollout" in cfg.ablate else cfg.rollout
         starts = T - K
         y, prediction = z[:, :starts].flatten(0, 1), 0.0  # [B starts, D]
         for k in range(K):
@@ -600,16 +604,15 @@ def losses(model: WorldModel, cfg: Config, batch: Trajectories, amp: bool = Fals
     variance, covariance = variance_covariance_loss(gather(wide(z).flatten(0, 1)))
     truth = torch.cat((batch.position, torch.stack(batch.layout, 1)[:, None].expand(-1, T, -1)), 2)
     probe = (read - (truth - 32) / 16).square().mean()
-    distance = step_metric_loss(psi, batch.action) if not off["distance"] else torch.zeros_like(probe)
+    distance = step_metric_loss(psi, batch.action) if "distance" not in cfg.ablate else torch.zeros_like(probe)
     total = (
         cfg.prediction_weight * prediction
-        + (not off["variance"]) * cfg.variance_weight * variance
-        + (not off["covariance"]) * cfg.covariance_weight * covariance
-        + (not off["similarity"]) * cfg.similarity_weight * similarity
-        + (not off["inverse-dynamics"]) * cfg.inverse_weight * inverse
-        + probe
-        + 0.1 * distance
-    )
+        + weight("variance", cfg.variance_weight) * variance
+        + weight("covariance", cfg.covariance_weight) * covariance
+        + weight("similarity", cfg.similarity_weight) * similarity
+        + weight("inverse-dynamics", cfg.inverse_weight) * inverse
+        + probe + 0.1 * distance  # of detached latents: they train probe and psi, and nothing else
+    )  # fmt: skip
     terms = torch.stack((prediction, variance, covariance, similarity, inverse, distance, probe)).detach()
     return total, terms, z.detach().flatten(0, 1)
 
@@ -672,13 +675,14 @@ class Paths(NamedTuple):
 
 @torch.no_grad()
 def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Paths:
-    """Latents of cfg.walks trajectories in each of cfg.layouts rooms, joined where psi is nearer than cfg.join px.
+    """Latents of cfg.walks trajectories in each of cfg.layouts rooms (every second frame), each joined with those of
+    its 16 nearest that psi finds nearer than cfg.join px; an edge is as long as psi says.
 
     No walk leads through the wall, and frames on its two sides are over 3 px apart: the shortest path goes round it."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import dijkstra
 
-    g, K, rooms = seeded(torch.Generator(device), "distance", cfg.seed), 16, []
+    g, rooms = seeded(torch.Generator(device), "distance", cfg.seed), []
     for _ in progress(range(cfg.layouts), "shortest paths"):
         stop_if_asked()
         data = trajectories(cfg.walks, cfg.trajectory_steps, g, cfg.fixed_wall, per_layout=cfg.walks)
@@ -686,10 +690,10 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
             z = model.encode(render(data.position[:, ::2], data.layout).flatten(0, 1))  # [n, D]
             psi = model.psi(z).float()
         n = len(z)
-        near, to = torch.cdist(psi, psi).topk(min(K, n), 1, largest=False)
+        near, to = torch.cdist(psi, psi).topk(min(16, n), 1, largest=False)
         kept = near < cfg.join
         row = torch.arange(n, device=device)[:, None].expand_as(to)
-        edges = [x[kept].cpu().numpy() for x in (near + 1e-6, row, to)]
+        edges = [x[kept].cpu().numpy() for x in (near, row, to)]
         source = torch.randperm(n, generator=g, device=device)[:32]
         length = dijkstra(csr_matrix((edges[0], edges[1:]), shape=(n, n)), directed=False, indices=source.cpu().numpy())
         length = torch.from_numpy(length).to(device, torch.float16)
@@ -699,9 +703,10 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
 
 def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: int = 4096) -> float:
     """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error, px, at the end."""
-    torch.manual_seed(cfg.seed)
-    for layer in model.detour.modules():  # start anew, so that a resumed run ends with the same weights
-        getattr(layer, "reset_parameters", lambda: None)()
+    torch.manual_seed(cfg.seed)  # start anew, so that a resumed run ends with the same weights
+    for layer in model.detour.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     paths = shortest_paths(model, cfg, device)
     (L, n, _), g = paths.z.shape, seeded(torch.Generator(device), "pairs", cfg.seed)
     optimizer = torch.optim.AdamW(model.detour.parameters(), 1e-3)
@@ -716,9 +721,9 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
             with torch.no_grad():
                 straight = metric(model.psi(z), model.psi(goal))
             off = (straight + model.detour(z, goal) - length.nan_to_num()).abs()
-        loss = torch.where(length.isnan(), 0.0, off).mean()
+        loss = torch.where(length.isnan(), 0.0, off).mean()  # a NaN in `off` would come back in the gradient
         optimizer.zero_grad(set_to_none=True)
-        (loss / 8).backward()
+        loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / cfg.distance_steps))
         optimizer.step()
@@ -741,6 +746,7 @@ def imagine(model: WorldModel, cfg: Config, z: Tensor, psi: Tensor, action: Tens
 def rollout_cost(model: WorldModel, cfg: Config, state: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
     """Cost [E, S] of actions [E, S, H, 2] from latents [E, D] to goal latents [E, D], all rolled out in one batch."""
     E, S, H, _ = actions.shape
+    # the fused kernel knows the GRU and the latent cost; all else goes step by step
     if cfg.kernels and cfg.cost == "latent" and not model.residual:
         gru, norm = model.predictor, model.encoder.norm
         weights = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias)
@@ -762,24 +768,12 @@ def limit_norm(actions: Tensor, limit: float) -> Tensor:
     return actions * (limit / actions.norm(dim=-1, keepdim=True).clamp(min=limit)) if limit else actions
 
 
-class Noise:
-    """Random numbers for E episodes, as `noise(torch.randn, E, ...)`. Where processes share `episodes` of them, each
-    draws those of all and takes its own: how many share the work does not change a plan."""
-
-    def __init__(self, seed: int, device: torch.device, episodes: int | None = None):
-        self.generator, self.episodes = torch.Generator(device), episodes
-        self.generator.manual_seed(seed)
-
-    def __call__(self, law, E: int, *shape: int) -> Tensor:
-        g, n = self.generator, self.episodes or E
-        return law(n, *shape, generator=g, device=g.device)[share(n) if self.episodes else slice(None)]
-
-
-def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise: Noise, cost_of=rollout_cost):
+def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise, cost_of=rollout_cost):
     """Sampling-based planning from latents [E, D] to goal latents [E, D], from the plan `mean` [E, H, 2] on.
 
     MPPI (Williams et al. 2017, arXiv 1707.02342) over elites, as in TD-MPC (arXiv 2203.04955), or CEM.
-    -> plan to execute [E, H, 2], mean plan [E, H, 2].
+    `noise(torch.randn, ...)` draws [E, ...]; `cost_of(model, cfg, state, actions [E, S, H, 2], goal)` -> [E, S] is the
+    place for another cost. -> plan to execute [E, H, 2], mean plan [E, H, 2].
     """
     (E, H, _), S, device = mean.shape, cfg.samples, mean.device
     lag = torch.arange(H, device=device)
@@ -790,9 +784,9 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise: N
     std = torch.full_like(mean, cfg.init_std)
     best = mean
     for _ in range(cfg.iterations):
-        white = noise(torch.randn, E, S, H, 2)
+        white = noise(torch.randn, S, H, 2)
         actions = mean[:, None] + std[:, None] * torch.einsum("ht,estk->eshk", ar, white)
-        if cfg.warm_start:  # never lose what was found
+        if cfg.warm_start:  # never lose what was found; in the first round both are the plan to begin from
             actions[:, 0], actions[:, 1] = mean, best
         actions = limit_norm(actions, cfg.action_limit)
         cost, index = cost_of(model, cfg, state, actions, goal).topk(cfg.elites, dim=1, largest=False)
@@ -800,9 +794,9 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise: N
         weight = torch.softmax(-cost / (cfg.temperature if cfg.planner == "mppi" else torch.inf), 1)  # cem: equal
         best, w = elites[:, 0], weight[:, :, None, None]
         mean = (w * elites).sum(1)
-        std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=0.05)
-    if cfg.execute == "elite":
-        drawn = (weight.cumsum(1) < noise(torch.rand, E, 1)).sum(1).clamp(max=cfg.elites - 1)
+        std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=0.05)  # px: the search goes on
+    if cfg.execute == "elite":  # the first whose summed weight reaches a uniform number
+        drawn = (weight.cumsum(1) < noise(torch.rand, 1)).sum(1).clamp(max=cfg.elites - 1)
         return elites[torch.arange(E, device=device), drawn], mean
     return mean, mean
 
@@ -810,11 +804,11 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise: N
 class Agent:
     """Plans for E episodes at once: `act(obs, goal_obs, steps_left) -> actions [E, 2]`; `reset()` between episodes.
 
-    `shared`: act() is given share(shared) of so many episodes, other processes have the rest."""
+    `shared`: every process calls act() with all E episodes, plans for its share of them and gets the actions of all."""
 
-    def __init__(self, model: WorldModel, cfg: Config, seed: int = 0, shared: int | None = None):
-        self.model, self.cfg, self.device = model.eval(), cfg, next(model.parameters()).device
-        self.noise = Noise(seed, self.device, shared)
+    def __init__(self, model: WorldModel, cfg: Config, seed: int = 0, shared: bool = False):
+        self.model, self.cfg, self.device, self.shared = model.eval(), cfg, next(model.parameters()).device, shared
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.reset()
 
     def reset(self) -> None:
@@ -846,21 +840,29 @@ class Agent:
         if self.cfg.warm_start and self.mean is not None:
             kept = self.mean[:, self.age : self.age + horizon]
             mean[:, : kept.shape[1]] = kept
+        mine = share(len(obs)) if self.shared else slice(None)
+        # drawn for all episodes, then cut: how many processes share them does not change a plan
+        noise = lambda law, *shape: law(len(obs), *shape, generator=self.generator, device=self.device)[mine]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(self.device)):
-            state, goal = self.model.encode(torch.cat((obs.float(), goal_obs.float()))).float().chunk(2)
-            self.actions, self.mean = plan(self.model, self.cfg, state, goal, mean, self.noise)
-            if self.cfg.patience and self.cfg.cost == "distance":
-                self.actions = self.wander(self.model.distance(state, goal), self.actions)
+            state, goal = self.model.encode(torch.cat((obs[mine].float(), goal_obs[mine].float()))).float().chunk(2)
+            parts = [*plan(self.model, self.cfg, state, goal, mean[mine], noise), self.model.distance(state, goal)]
+        if self.shared:
+            parts = [joined([part], self.device) for part in parts]
+        self.actions, self.mean, to_go = parts
+        if self.cfg.patience and self.cfg.cost == "distance":
+            self.actions = self.wander(to_go, self.actions)
         self.age = 0
 
     def wander(self, to_go: Tensor, actions: Tensor) -> Tensor:
-        """Plans [E, H, 2] of episodes that are to_go [E] px from the goal; those stuck go off in a random direction."""
+        """Plans [E, H, 2] of episodes that are to_go [E] px from the goal; those stuck go off in a random direction.
+
+        Stuck: in cfg.patience steps to_go never fell 1 px below the nearest so far. Both are then forgotten."""
         nearer = to_go < self.nearest - 1
         self.nearest = torch.where(nearer, to_go, self.nearest)
         self.idle = torch.where(nearer, 0, self.idle + self.age)
         stuck = (self.idle >= self.cfg.patience) & (to_go > SUCCESS_PX)
         self.nearest, self.idle = self.nearest.where(~stuck, torch.inf), self.idle.where(~stuck, 0)
-        angle = 2 * math.pi * self.noise(torch.rand, len(to_go), 1)
+        angle = 2 * math.pi * torch.rand(len(to_go), 1, generator=self.generator, device=self.device)
         away = torch.stack((angle.cos(), angle.sin()), 2) * (self.cfg.action_limit or 1.0)  # [E, 1, 2]
         return torch.where(stuck[:, None, None], away, actions)
 
@@ -905,7 +907,7 @@ class Episodes(NamedTuple):
     position: Tensor  # [E, T + 1, 2]
     goal: Tensor  # [E, 2]
     layout: Layout
-    plans: list  # per step, positions [shown, H, 2] of the plan as the probe reads it, or None
+    plans: list  # per step, positions [shown, steps left of it, 2] of the plan as the probe reads it; empty: none shown
     seconds: float  # spent in the policy
 
     def near(self) -> Tensor:  # [E, T + 1], within reach of the goal
@@ -915,9 +917,8 @@ class Episodes(NamedTuple):
 @torch.no_grad()
 def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown: int = 0) -> Episodes:
     """All tasks side by side under `policy(obs, info, steps_left) -> actions`; an Agent also shows its plans. Every
-    process moves all dots, and an Agent that is shared plans for its part of them."""
+    process moves all dots."""
     agent = policy if isinstance(policy, Agent) else None
-    mine = share(episodes) if agent and agent.noise.episodes else slice(None)
     env = TwoRooms(episodes, cfg.task_seed, cfg.fixed_wall, cfg.episode_steps, device)
     obs, info = env.reset()
     path, plans, seconds = [info["position"]], [], 0.0
@@ -926,9 +927,7 @@ def run_episodes(cfg: Config, episodes: int, policy, device: torch.device, shown
         left = cfg.episode_steps - t
         synchronize(device)
         begin = time.perf_counter()
-        action = agent.act(obs[mine], info["goal_obs"][mine], left) if agent else policy(obs, info, left)
-        if agent and agent.noise.episodes:
-            action = joined([action], device)
+        action = agent.act(obs, info["goal_obs"], left) if agent else policy(obs, info, left)
         synchronize(device)
         seconds += time.perf_counter() - begin
         if agent and shown:
@@ -956,9 +955,8 @@ def evaluate_planning(model: WorldModel, cfg: Config, device: torch.device) -> t
         angle = 2 * math.pi * torch.rand(E, generator=g, device=device)
         return 2.45 * torch.stack((angle.cos(), angle.sin()), 1)
 
-    shown = 0 if share(E).start else min(share(E).stop, 6)  # the first process draws its first tasks
     runs = dict(
-        agent=run_episodes(cfg, E, Agent(model, cfg, shared=E), device, shown),
+        agent=run_episodes(cfg, E, Agent(model, cfg, shared=True), device, shown=min(E, 6)),
         random=run_episodes(cfg, E, random_policy, device),
         straight=run_episodes(cfg, E, straight_line, device),
     )
@@ -1108,9 +1106,9 @@ def draw_results(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None
     panels += [(horizon, "latent error (mean square)", "linear", pair("latent_error", "copy_latent_error"))]
     draw_lines(run_dir / "unroll.png", panels)
     if runs:
-        share = {name: (100 * run.near().float().mean(0)).tolist() for name, run in runs.items()}
+        reached = {name: (100 * run.near().float().mean(0)).tolist() for name, run in runs.items()}
         styles = dict(agent="-", straight="--", random=":")
-        lines = [(name, range(len(y)), y, styles[name]) for name, y in share.items()]
+        lines = [(name, range(len(y)), y, styles[name]) for name, y in reached.items()]
         draw_lines(run_dir / "success.png", [("environment step", "within 4.5 px of the goal (%)", "linear", lines)])
 
 
@@ -1131,8 +1129,8 @@ def note_signal(number: int, _) -> None:
 
 
 def progress(things, what: str):
-    """The things, with a progress bar where somebody is looking."""
-    return tqdm(things, desc=what, leave=False, disable=not sys.stderr.isatty())
+    """The things, with a progress bar on the first process, where somebody is looking."""
+    return tqdm(things, desc=what, leave=False, disable=int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty())
 
 
 def stop_if_asked() -> None:
@@ -1173,7 +1171,8 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
         raise UserError(f"--device {kind}: PyTorch sees no such device here; use --device auto or cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        hours = datetime.timedelta(hours=2)  # that the others wait while one works alone
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=hours)
     rank = dist.get_rank() if world > 1 else 0
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
@@ -1403,7 +1402,7 @@ def compiled(cfg: Config, model: WorldModel, batch: Trajectories, amp: bool):
                 raise
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             tqdm.write(f"compiling failed, going on eagerly: {reason}")
-    model.load_state_dict(state)  # BatchNorm has counted the warm-up
+    model.load_state_dict(state)  # BatchNorm, where there is one, has counted the warm-up
     model.zero_grad(set_to_none=True)
     return function, time.perf_counter() - begin
 
@@ -1526,20 +1525,21 @@ def train(cfg: Config) -> dict:
         say(f"distance: {summary['distance_error_px']:.1f} px off the shortest paths of {cfg.layouts} rooms | {took} s")
         save_checkpoint(run_dir, cfg, model, optimizer, done, seconds)
     if dist.is_initialized():
-        for p in model.detour.parameters():  # learnt by the first process
+        for p in model.detour.parameters():  # learnt by the first process alone; the others wait here
             dist.broadcast(p.data, 0)
-    summary |= evaluate(model.eval(), cfg, device, run_dir if rank == 0 else None, clips(0))
+    summary |= evaluate(model.eval(), cfg, device, run_dir if rank == 0 else None)
     if rank == 0:
         finish(run_dir, summary, device, say)
     return summary
 
 
-def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path | None, batch: Trajectories) -> dict:
+def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path | None) -> dict:
     """Unrolling, planning; figures, unless another process draws them (run_dir None). -> what the summary gains."""
     begin = time.perf_counter()
     unroll = evaluate_unroll(model, cfg, device)
     stop_if_asked()
     example, decoded = unroll.pop("example"), unroll.pop("decoded")
+    batch = ClipStream(cfg, device)(0)  # all clips of the first step, on every process
     with torch.no_grad():
         result = collapse_meter(model.encode(render(batch.position, batch.layout).flatten(0, 1))) | unroll
     planning, runs = evaluate_planning(model, cfg, device) if cfg.episodes else ({}, {})
@@ -1603,6 +1603,8 @@ def main() -> None:
         if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
             raise
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
+        if asked_to_stop:  # so were the others, and one was faster
+            code, message = 128 + asked_to_stop[0], "stopped with the other processes; go on with --resume"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -255,7 +255,7 @@ def test_the_loss_is_its_formula(loss):
     torch.testing.assert_close(invariance, torch.stack(pairs).mean().double(), check_dtype=False, rtol=1e-4, atol=1e-6)
     parts = cfg.invariance_weight * invariance + probe
     if loss == "vicreg":
-        each = [torch.stack(ij.variance_covariance_loss(view)) for view in p]
+        each = [2 * torch.stack(ij.variance_covariance_loss(view)) for view in p]  # published: the sum over two views
         torch.testing.assert_close(torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6)
         parts, sigreg_is = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance, 0
         assert sigreg == 0

@@ -390,7 +390,7 @@ for flags in (dict(), dict(planner="mppi", execute="elite", replan_every=2, pati
     cfg = wm.preset("smoke", episodes=5, episode_steps=12, **flags)
     model = wm.WorldModel(cfg)
     for episodes in (5, 1):
-        run = wm.run_episodes(cfg, episodes, wm.Agent(model, cfg, shared=episodes), torch.device("cpu"))
+        run = wm.run_episodes(cfg, episodes, wm.Agent(model, cfg, shared=True), torch.device("cpu"))
         found.append(run.position)
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save(found, sys.argv[1])

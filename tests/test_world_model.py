@@ -363,6 +363,12 @@ def test_loss_compiles_to_one_graph_that_is_never_recompiled():
 TARGET = torch.tensor([[[0.5, -0.3], [1.0, 0.2], [-0.7, 0.4]], [[-1.2, 0.1], [0.0, 0.9], [0.3, -0.5]]])  # [E = 2, H = 3, 2]
 
 
+def white(episodes):
+    """What plan() draws with."""
+    g = generator()
+    return lambda law, *shape: law(episodes, *shape, generator=g)
+
+
 def toy_cost(model, cfg, state, actions, goal):
     return (actions - TARGET[:, None]).square().sum((2, 3))
 
@@ -371,21 +377,21 @@ def toy_cost(model, cfg, state, actions, goal):
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
 def test_planners_find_the_known_optimum(planner, temperature, smooth):
     cfg = preset("cpu", planner=planner, temperature=temperature, smooth=smooth, samples=256, elites=24, iterations=12, action_limit=0.0)
-    action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), toy_cost)
+    action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), white(2), toy_cost)
     torch.testing.assert_close(mean, TARGET, atol=0.1, rtol=0)
     assert torch.equal(action, mean)
 
 
 def test_planner_stays_within_the_action_limit():
     cfg = preset("cpu", samples=256, iterations=12, action_limit=0.6, temperature=0.02)
-    _, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), toy_cost)
+    _, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), white(2), toy_cost)
     assert mean.norm(dim=2).max() <= 0.6 + 1e-5
     torch.testing.assert_close(mean, wm.limit_norm(TARGET, 0.6), atol=0.1, rtol=0)
 
 
 def test_warm_start_keeps_a_perfect_plan_and_elites_are_candidates():
     cfg = preset("cpu", samples=32, elites=4, iterations=1, temperature=1e-6, action_limit=0.0)
-    _, mean = plan(None, cfg, None, None, TARGET.clone(), wm.Noise(0, CPU), toy_cost)
+    _, mean = plan(None, cfg, None, None, TARGET.clone(), white(2), toy_cost)
     torch.testing.assert_close(mean, TARGET)
     seen = []
 
@@ -394,7 +400,7 @@ def test_warm_start_keeps_a_perfect_plan_and_elites_are_candidates():
         return toy_cost(*arguments)
 
     cfg = dataclasses.replace(cfg, execute="elite", warm_start=False)
-    action, _ = plan(None, cfg, None, None, torch.zeros(2, 3, 2), wm.Noise(0, CPU), spy)
+    action, _ = plan(None, cfg, None, None, torch.zeros(2, 3, 2), white(2), spy)
     assert (seen[0] == action[:, None]).all((2, 3)).any(1).all()
 
 
@@ -404,7 +410,7 @@ def test_the_executed_elite_is_drawn_by_weight():
     costs = torch.tensor([0.0, 1.0]).expand(20_000, 2)
     seen = []
     spy = lambda model, cfg, state, actions, goal: seen.append(actions) or costs
-    action, _ = plan(None, cfg, None, None, torch.zeros(20_000, 1, 2), wm.Noise(0, CPU), spy)
+    action, _ = plan(None, cfg, None, None, torch.zeros(20_000, 1, 2), white(20_000), spy)
     best = (seen[0][:, 0] == action).all((1, 2)).float().mean()
     assert abs(best - math.e / (1 + math.e)) < 0.012  # four standard deviations
 
