@@ -1,6 +1,8 @@
 """README, Makefile, presets and results agree."""
 import ast
 import dataclasses
+import json
+import os
 import re
 import subprocess
 import sys
@@ -119,3 +121,19 @@ def test_example_of_kernels():
     encoder = torch.nn.Linear(8, 4)
     exec(example("kernels"), dict(encoder=encoder, batch=torch.randn(16, 8), energy=lambda z: z.square().mean()))
     assert encoder.weight.grad.abs().sum() > 0
+
+
+def test_the_experiment_applies_and_trains(tmp_path):
+    """The README's edit of image_jepa.py, with the flags given there."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.S)
+    lines = lambda signs: "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in signs)
+    source = (ROOT / "image_jepa.py").read_text()
+    assert source.count(lines(" -")) == 1
+    (tmp_path / "edited.py").write_text(source.replace(lines(" -"), lines(" +")))
+    (flags,) = re.findall(r"`python image_jepa.py (--epochs 0.6 .*?)`", README)
+    flags = ["--preset", "smoke", *flags.split(), "--no-evaluate", "--run-dir", str(tmp_path / "run"), "--max-steps", "40"]
+    command = [sys.executable, tmp_path / "edited.py", *flags, "--log-every", "20"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    first, last = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[:2])
+    assert 0 < last["variance"] < first["variance"] and last["covariance"] > 0

@@ -87,6 +87,19 @@ def test_resume_is_exact_bit_for_bit(script, tmp_path):
 
 
 @scripts
+def test_resume_is_exact_when_compiled(script, tmp_path):
+    small = {wm: dict(rollout=1), ij: dict(views=2), vj: dict(rollout=1, levels=1, frames=4)}[script]
+    settings = lambda folder, **more: fast(script, tmp_path / folder, compile=True, **small, **more)
+    script.train(settings("whole", max_steps=12))
+    script.train(settings("parts", max_steps=7))
+    torch._dynamo.reset()
+    script.train(settings("parts", max_steps=12, resume=True))
+    a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    for key in ("model", "optimizer", "step", "rng"):
+        assert_same(a[key], b[key])
+
+
+@scripts
 def test_resume_needs_no_other_flag(script, tmp_path):
     folder, flags = tmp_path / "run", []
     for name, value in {**FAST[script], "seed": 3, "max_steps": 6}.items():
