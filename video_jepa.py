@@ -1191,7 +1191,7 @@ def main() -> None:
         code, message = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         code, message = 2, f"error: {str(error).splitlines()[0]}; choose a smaller --batch-size"
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:  # DistError is one
         if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
             raise
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
