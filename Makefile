@@ -26,7 +26,7 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits; A
 world_model: .venv/ready  ## train a world model and plan with it; ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 
-ablations: .venv/ready  ## every script with one part changed at a time (video: 13 minutes, the others untimed); ARGS=video_jepa for one
+ablations: .venv/ready  ## every script with one part changed at a time (about an hour); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)
 
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
