@@ -24,7 +24,7 @@ image_jepa: .venv/ready  ## features of unlabelled images (14 minutes, 72 %); AR
 video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (12 minutes, mAP .62); ARGS="--data glyphs" needs no files
 	$(RUN) video_jepa.py $(ARGS)
 
-world_model: .venv/ready  ## train a world model and plan with it (14 minutes, 97 %); ARGS="--preset paper" and any other flag
+world_model: .venv/ready  ## train a world model and plan with it (14 minutes, 96-100 %); ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 
 ablations: .venv/ready  ## every script with one part changed at a time (about an hour); ARGS=video_jepa for one

@@ -24,7 +24,7 @@ nearest the goal. Presets `gpu` and `cpu` differ, still without any label, mainl
 
    Beside the door that cost has false minima. Who comes no nearer for twelve steps takes four in a random direction.
 
-Preset cpu: 96-97 % of 100 tasks after 14 minutes on 2 cores (3 seeds, results/); published, on a GPU: 97 +- 2 % of 20.
+Preset cpu: 96-100 % of 100 tasks after 14 minutes on 2 cores (3 seeds, results/); published, on a GPU: 97 +- 2 % of 20.
 
     python world_model.py                       # preset gpu on CUDA, cpu elsewhere
     python world_model.py --preset paper        # the published sizes, losses and planner
