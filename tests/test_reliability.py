@@ -522,7 +522,10 @@ def test_long_runs_do_not_grow(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "log_step", spy)
     small = {wm: dict(steps=2000, batch_size=4), ij: dict(batch_size=4, epochs=1, crop_size=16), vj: dict(epochs=1, batch_size=1, clips_per_epoch=2000, frames=4, rollout=1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: faster so
     script.train(fast(script, tmp_path / "run", **{**small[script], "log_every": 100, "checkpoint_every": 200}))
+    torch.set_num_threads(threads)
     assert max(taken) == 2000 and max(taken.values()) - taken[600] < 16, taken
 
 
