@@ -13,7 +13,7 @@ mask. The projector is thrown away; a linear classifier on z (`linear_accuracy`)
     python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
     python image_jepa.py --preset paper --loss sigreg   # the published recipe (arXiv 2602.03604)
 
-Preset cpu: 71.2-72.5 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds
+Preset cpu: 71.8-72.1 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds
 in results/). Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0 % (SIGReg). Ours differs in more and
 smaller views, a slim network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all
 scripts are nearly the same.
