@@ -13,7 +13,7 @@ mask. The projector is thrown away; a linear classifier on z (`linear_accuracy`)
     python image_jepa.py --data path/to/folder          # train/<class>/*.jpg and test/<class>/*.jpg
     python image_jepa.py --preset paper --loss sigreg   # the published recipe (arXiv 2602.03604)
 
-Preset cpu: 71.8-72.1 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds
+Preset cpu: 71.8-71.9 % by linear probe after eleven minutes on 2 cores (CIFAR-10 as JPEG copy; untrained 44 %; 3 seeds
 in results/). Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0 % (SIGReg). Ours differs in more and
 smaller views, a slim network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all
 scripts are nearly the same.
@@ -38,7 +38,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,9 @@ PUBLISHED = {"online_accuracy": "90.12 vicreg, 91.02 sigreg", "epochs": "300"}  
 # ---------------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
-    """Learn features of unlabelled images and probe them. The values below are the published ones (preset paper)."""
+    """Learn features of unlabelled images and probe them."""
+
+    # Here stand the published values: preset paper.
 
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; any flag given beside it wins
     seed: int = 0  # of weights, batches and views
@@ -159,7 +161,7 @@ class Images(NamedTuple):
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
+    """The generator, seeded by a key such as ("clips", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -556,7 +558,7 @@ def gather(z: Tensor) -> Tensor:
 
 
 def share(n: int) -> slice:
-    """Which of n > 0 things this process takes: neighbours, in the order of ranks; the first process has some."""
+    """This process's slice of range(n), n > 0, in the order of ranks; the first process's is never empty."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
@@ -663,10 +665,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
     on vectors, at a tenth of the rate. Groups: dict(params=..., matrix=..., weight_decay=...).
 
-    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
+    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [its first axis, the rest]."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9):
-        groups = [dict(rate=1.0 if group["matrix"] else 0.1, **group) for group in groups]
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, steps=0))
 
     @torch.no_grad()
@@ -676,18 +677,19 @@ class Muon(torch.optim.Optimizer):
             grads, mean = [p.grad for p in params], [memory(self, p, "mean") for p in params]
             group["steps"] += 1
             if group["matrix"]:
-                torch._foreach_mul_(mean, group["momentum"])
+                torch._foreach_mul_(mean, group["momentum"])  # here a sum that fades
                 torch._foreach_add_(mean, grads)
                 steps = orthogonal(torch._foreach_add(grads, mean, alpha=group["momentum"]))  # Nesterov
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, steps, alpha=-group["lr"])
             else:
                 square, (a, b), t = [memory(self, p, "square") for p in params], (0.9, 0.98), group["steps"]
+                lr = 0.1 * group["lr"]
                 torch._foreach_lerp_(mean, grads, 1 - a)
                 torch._foreach_mul_(square, b)
                 torch._foreach_addcmul_(square, grads, grads, 1 - b)
                 size = torch._foreach_add(torch._foreach_sqrt(square), 1e-8)
-                torch._foreach_addcdiv_(params, mean, size, -group["lr"] * math.sqrt(1 - b**t) / (1 - a**t))
+                torch._foreach_addcdiv_(params, mean, size, -lr * math.sqrt(1 - b**t) / (1 - a**t))
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -729,7 +731,7 @@ def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: floa
         for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
             g.copy_(new)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("rate", 1.0)
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -1056,30 +1058,27 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 @contextlib.contextmanager
 def fitting(path: Path):
-    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    """For putting back what a file of a run holds: what goes wrong inside is the file's fault."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # parts missing, of other types or shapes
+    except Exception as error:  # not JSON, fields that have come or gone, values of other types or shapes
         raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
 
 
 def from_saved(config: dict) -> Config:
-    try:
-        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
-    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
-        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
+    return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
 
 
 def resumed(cfg: Config) -> Config:
     """What the run in cfg's folder was started with, so that --resume needs no other flag."""
     folder = run_folder(cfg)
-    try:
-        saved = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--resume: there is no run in {folder}") from None
-    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
+    if not (config := folder / "config.json").is_file():
+        raise UserError(f"--resume: there is no run in {folder}")
+    with fitting(config):
+        saved = from_saved(json.loads(config.read_text())["config"])
+    return dataclasses.replace(saved, run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
@@ -1119,6 +1118,10 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
 def check(cfg: Config, images: int | None = None) -> Config:
     """Raises UserError for values that cannot work, alone or with so many images."""
     flag = lambda name: "--" + name.replace("_", "-")
+    for field in dataclasses.fields(cfg):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and (value := getattr(cfg, field.name)) not in choices:
+            raise UserError(f"{flag(field.name)} {value} is none of {', '.join(map(str, choices))}")
     for name, value in dataclasses.asdict(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
@@ -1211,13 +1214,14 @@ def fit(
 
     Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
     one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
-    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    device = next(model.parameters()).device
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
         raise UserError(f"--max-steps {cfg.max_steps} lies before step {start} of the checkpoint")
     compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
     say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
-    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    # bad: the newest terms, until one is not finite: then it and bad_step stay. On the device: nothing waits for it
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
@@ -1336,14 +1340,9 @@ def train(cfg: Config) -> dict:
 
 def report(summary: dict) -> str:
     """The final figures beside the published ones; of long lists the first, the middle and the last."""
-
-    def text(v) -> str:
-        if isinstance(v, list):
-            middle = len(v) // 2
-            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
-        return f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    some = lambda v: v if not isinstance(v, list) or len(v) < 9 else [v[0], "..", v[len(v) // 2], "..", v[-1]]
+    text = lambda v: " ".join(map(text, v)) if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
+    rows = [("", "here", "published"), *((k, text(some(v)), PUBLISHED.get(k, "")) for k, v in summary.items())]
     return "\n".join(f"{name:<30}{here:<54}{published}".rstrip() for name, here, published in rows)
 
 
@@ -1355,8 +1354,8 @@ def parse(argv: list[str]) -> Config:
     complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            known, _ = first.parse_known_args(argv)
-            default = preset(known.preset, run_dir=known.run_dir, resume=resume)
+            known = vars(first.parse_known_args(argv)[0])
+            default = preset(known.pop("preset"), **known, resume=resume)
             return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
@@ -1384,6 +1383,9 @@ def main() -> None:
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
         if asked_to_stop:  # so were the others, and one was faster
             code, message = 128 + asked_to_stop[0], "stopped with the other processes; go on with --resume"
+    except BrokenPipeError:  # as with --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        code, message = 1, "stopped: nobody reads the output any more"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -3,8 +3,10 @@
     z_t = encode(frame_t)                                  a latent map [C, h, w] of each frame
     y_t = predict(z_{t-2}, z_{t-1})                        the next latent, from the two before it
     y^k: k steps of it, from all frames of a clip at once
-    loss = mean_k |project(y^k) - project(z)|^2            no stop-gradient; collapse is prevented by
+    loss = mean_k |project(y^k) - p|^2,  p = project(z)    no stop-gradient; collapse is prevented by
          + 10 variance(p) + 100 covariance(p)              of projected latents, over batch, time and place (kernels/)
+
+where |.|^2 is a mean over clips, frames, places and features.
 
 Two heads read detached latents: one says in which of 8 x 8 cells a digit's centre lies, one paints the frame. How well
 the first does on latents predicted t + 1 steps ahead is the measure: average precision AP_t, t = 0..6; their mean, mAP.
@@ -15,7 +17,8 @@ the first does on latents predicted t + 1 steps ahead is the measure: average pr
 
 Preset cpu: mAP .62 after eleven minutes on 2 cores (MNIST, 10k digits; 3 seeds in results/), .46 by the published
 scheme of prediction, where .607 is published after 50 epochs on a GPU. It and preset gpu differ from the paper in
-latents of 8 x 8 places, LayerNorm, residual prediction, training on pairs, centred places, Muon and a cosine schedule.
+latents of 8 x 8 places, a U-Net of two levels, LayerNorm, residual prediction, training on pairs, centred places, Muon
+and a cosine schedule; preset cpu also in short clips and small batches.
 From "checkpoint and logging" on the file is nearly the same as the other scripts.
 """
 import argparse
@@ -37,7 +40,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -58,7 +61,9 @@ PUBLISHED = {"map_rounds": "0.607", "ap_rounds": "0.76 .. 0.40"}  # arXiv 2602.0
 # ---------------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
-    """Learn to predict the latents of coming frames. The values below are the published ones (preset paper)."""
+    """Learn to predict the latents of coming frames."""
+
+    # Here stand the published values: preset paper. Only its data is --data moving-mnist.
 
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; any flag given beside it wins
     seed: int = 0  # of weights and clips
@@ -85,7 +90,7 @@ class Config:
     projector_width: int = 64  # hidden and output features of the projector
     # loss
     rollout: int = 4  # steps predicted in training (K)
-    context: Literal["rounds", "pairs"] = "rounds"  # step k builds on step k - 1 of every frame; on two true frames
+    context: Literal["rounds", "pairs"] = "rounds"  # pairs: roll out from every two true frames; rounds: see forecasts
     prediction_weight: float = 1.0  # squared error of the projected predictions
     variance_weight: float = 10.0  # hinge on each feature's standard deviation
     covariance_weight: float = 100.0  # squared off-diagonal covariances
@@ -99,7 +104,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: warm-up over the first twentieth, then down to 0
     # evaluation and logging
     evaluate: bool = True  # measure AP and draw figures at the end
-    validation_clips: int = 2000  # clips of unseen digits
+    validation_clips: int = 2000  # clips to measure on, of digits (moving-mnist: sequences) not trained on
     log_every: int = 50  # steps between log lines
     checkpoint_every: int = 500  # steps between checkpoints
 
@@ -140,30 +145,36 @@ def preset(name: str, **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------------------------------------------- data
-SIZE, DIGIT, SPEED, CELLS, FRAMES = 64, 28, 3.6, 8, 10  # frame and digit, px; px a frame; detection map; of a clip
+SIZE, DIGIT, SPEED = 64, 28, 3.6  # side of a frame and of a digit, px; px a frame
+CELLS, FRAMES = 8, 10  # along each side of the detection map; of a validation clip
 
 
 class Clips(NamedTuple):
     frames: Tensor  # [B, T, 64, 64] uint8
     occupied: Tensor  # [B, T, 8, 8] bool: a digit's centre lies in the cell
-    centres: Tensor  # [B, T, 2, 2] px (x, y) of the two digits as drawn, at whole pixels; NaN where unknown
+    centres: Tensor  # [B, T, 2, 2] px (x, y) of the two digits as drawn, at whole px; in moving_mnist's way; or NaN
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
+    """The generator, seeded by a key such as ("clips", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def paths(n: int, frames: int, g: torch.Generator) -> Tensor:
     """Upper left corners [n, frames, 2] (x, y) of digits, in px: straight lines at 3.6 px a frame, elastic bounces.
 
-    Srivastava et al. 2015 (arXiv 1502.04681). A bounce folds the line back: a path is a
-    triangle wave of time. (The published generator lets a digit rest at the border for the frame in which it hits.)"""
+    Srivastava et al. 2015 (arXiv 1502.04681). A bounce folds the line back: a path is a triangle wave of time. (The
+    published generator lets a digit rest at the border for the frame in which it hits.)"""
     u = torch.rand(n, 3, generator=g, device=g.device)
     room, angle = SIZE - DIGIT, 2 * math.pi * u[:, 2]
     velocity = SPEED * torch.stack((angle.cos(), angle.sin()), 1)
     unfolded = room * u[:, None, :2] + velocity[:, None] * torch.arange(frames, device=g.device)[:, None]
-    phase = unfolded % (2 * room)
+    return fold(unfolded, room)
+
+
+def fold(x: Tensor, room: float) -> Tensor:
+    """Where a straight line that has come to x is, with mirrors at 0 and at `room`."""
+    phase = x % (2 * room)
     return torch.minimum(phase, 2 * room - phase)
 
 
@@ -227,6 +238,7 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
 
     Centres are those of mass of the two largest connected components (of pixels over 32) of a frame: touching digits
     count as one. (The published code takes the middle of their boxes, and a random tenth for validation.)"""
+    import numpy as np
     from scipy import ndimage
     from torchvision.datasets import MovingMNIST
 
@@ -243,15 +255,15 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
     except Exception:  # absent, damaged or foreign: made anew
         centres = None
     if centres is None:
-        centres = torch.full((len(clips) * 10, 2, 2), torch.nan)
+        centres = torch.full((len(clips) * FRAMES, 2, 2), torch.nan)
         for n, frame in enumerate(progress(clips.flatten(0, 1).numpy(), "finding digits")):
             stop_if_asked()
             components, found = ndimage.label(frame > 32, structure=[[1] * 3] * 3)
-            size = ndimage.sum_labels(frame, components, range(1, found + 1))
+            size = np.bincount(components.ravel())[1:]
             largest = [k + 1 for k in size.argsort()[::-1][:2]]
             for d, (y, x) in enumerate(ndimage.center_of_mass(frame, components, largest) if found else []):
                 centres[n, d] = torch.tensor([x + 0.5, y + 0.5])
-        centres, buffer = centres.view(-1, 10, 2, 2), io.BytesIO()
+        centres, buffer = centres.view(-1, FRAMES, 2, 2), io.BytesIO()
         torch.save(dict(key=key, centres=centres), buffer)
         with contextlib.suppress(OSError):  # a read-only disk: found again next time
             write_atomically(cache, buffer.getvalue())
@@ -260,7 +272,11 @@ def moving_mnist(root: str) -> tuple[Clips, Clips]:
 
 
 class ClipStream:
-    """Training batches as a pure function of (seed, step): nothing to save, and a resumed run sees the same clips."""
+    """Training batches as a pure function of (seed, step): nothing to save, and a resumed run sees the same clips.
+
+    A new data set: a function of cfg.data_dir that returns Clips to train and to validate on, as moving_mnist does, and
+    its name here, in `moving` and in Config. Frames are grey, of 64 x 64 px; where nothing is known of places, occupied
+    is False and centres are NaN, and mAP says nothing."""
 
     def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world: int = 1):
         first = not dist.is_initialized() or rank == 0
@@ -285,7 +301,7 @@ class ClipStream:
         return Clips(*(x[pick][:, first + torch.arange(cfg.frames, device=g.device)] for x in self.train))
 
     def unseen(self, n: int) -> Clips:
-        """n clips of validation digits, the same for every run; of the published file as many as there are."""
+        """n clips to validate on, the same for every run with this n; of the published file as many as there are."""
         if self.moving:
             return move_digits(self.validation, n, FRAMES, seeded(self.generator, "test"))
         return Clips(*(x[:n] for x in self.validation))
@@ -324,7 +340,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 class LayerNorm(nn.LayerNorm):
     """Over the channels of each place of [N, C, H, W]: the same for true and for predicted latents, whatever else is in
-    the batch. (GroupNorm on channels_last takes several times as long on a CPU.)"""
+    the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype)  # float32 under autocast on CUDA
@@ -374,7 +390,10 @@ class UNet(nn.Module):
 
 
 class Model(nn.Module):
-    """Encoder, predictor and projector, trained together, and two heads that read detached latents."""
+    """Encoder, predictor and projector, trained together, and two heads that read detached latents.
+
+    Another encoder: a module [N, 1, 64, 64] -> [N, latent_dim, 64 / stride, 64 / stride], which the heads rely on. All
+    its parameters of two axes and more go to Muon (`make_optimizer`)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -401,9 +420,9 @@ class Model(nn.Module):
     def predict(self, before: Tensor, last: Tensor) -> Tensor:
         """Two successive latents [N, C, h, w] each -> the next."""
         y = self.predictor(torch.cat((before, last), 1))
-        return last + y if self.residual else y
+        return last + y if self.residual else y  # may leave the encoder's range, which is 0 and more (a ReLU)
 
-    def forecasts(self, z: Tensor, steps: int, context: str = "pairs") -> list[Tensor]:
+    def forecasts(self, z: Tensor, steps: int, context: str) -> list[Tensor]:
         """Latents of clips [B, T, C, h, w] -> for each k = 1..steps k-step predictions [B, n, C, h, w] of the last n
         frames.
 
@@ -453,7 +472,7 @@ def gather(z: Tensor) -> Tensor:
 
 
 def share(n: int) -> slice:
-    """Which of n > 0 things this process takes: neighbours, in the order of ranks; the first process has some."""
+    """This process's slice of range(n), n > 0, in the order of ranks; the first process's is never empty."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
@@ -470,12 +489,13 @@ def joined(parts: list[Tensor], device: torch.device) -> Tensor:
 def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T h w, C] (detached)."""
     device = batch.frames.device
-    x = batch.frames[:, None].to(model.projector[0].weight.dtype) / 255
+    x = batch.frames[:, None].to(next(model.parameters()).dtype) / 255
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         z = model.encode(x)  # [B, T, C, h, w]
         target = wide(model.project(z))
         ahead = model.forecasts(z, cfg.rollout, cfg.context)
-        later = {n: target[:, -n:] for n in {y.shape[1] for y in ahead}}  # one slice for rounds of one length
+        # one slice for all rounds, for the gradient of each slice fills a tensor of target's size
+        later = {n: target[:, -n:] for n in {y.shape[1] for y in ahead}}
         errors = [F.mse_loss(wide(model.project(y)), later[y.shape[1]]) for y in ahead]
         seen = z.detach()
         found = model.detector(seen.flatten(0, 1))[:, 0]
@@ -485,6 +505,7 @@ def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[
     if cfg.centre_places:
         spread = spread - spread.mean(0)
     variance, covariance = variance_covariance_loss(spread.flatten(0, -2))
+    # another loss: here, with its weight in Config, itself in TERMS, `total` and `terms`
     detection = F.binary_cross_entropy_with_logits(wide(found), batch.occupied.flatten(0, 1).to(target.dtype))
     decoding = F.binary_cross_entropy_with_logits(wide(painted), x[:, 0, ::8].flatten(0, 1))
     total = (
@@ -537,10 +558,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon); Adam
     on vectors, at a tenth of the rate. Groups: dict(params=..., matrix=..., weight_decay=...).
 
-    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [outputs, the rest]."""
+    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as [its first axis, the rest]."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9):
-        groups = [dict(rate=1.0 if group["matrix"] else 0.1, **group) for group in groups]
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, steps=0))
 
     @torch.no_grad()
@@ -550,18 +570,19 @@ class Muon(torch.optim.Optimizer):
             grads, mean = [p.grad for p in params], [memory(self, p, "mean") for p in params]
             group["steps"] += 1
             if group["matrix"]:
-                torch._foreach_mul_(mean, group["momentum"])
+                torch._foreach_mul_(mean, group["momentum"])  # here a sum that fades
                 torch._foreach_add_(mean, grads)
                 steps = orthogonal(torch._foreach_add(grads, mean, alpha=group["momentum"]))  # Nesterov
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, steps, alpha=-group["lr"])
             else:
                 square, (a, b), t = [memory(self, p, "square") for p in params], (0.9, 0.98), group["steps"]
+                lr = 0.1 * group["lr"]
                 torch._foreach_lerp_(mean, grads, 1 - a)
                 torch._foreach_mul_(square, b)
                 torch._foreach_addcmul_(square, grads, grads, 1 - b)
                 size = torch._foreach_add(torch._foreach_sqrt(square), 1e-8)
-                torch._foreach_addcdiv_(params, mean, size, -group["lr"] * math.sqrt(1 - b**t) / (1 - a**t))
+                torch._foreach_addcdiv_(params, mean, size, -lr * math.sqrt(1 - b**t) / (1 - a**t))
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -599,7 +620,7 @@ def update(model: Model, cfg: Config, optimizer: torch.optim.Optimizer, lr: floa
         for g, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads)):
             g.copy_(new)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("rate", 1.0)
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -621,13 +642,14 @@ TRACKERS = {"ap_constant_velocity": False, "ap_bouncing_velocity": True}
 
 def constant_velocity(centres: Tensor, ahead: int, bounce: bool = False) -> Tensor:
     """Score maps [B, T - 1 - ahead, 8, 8] of a tracker that knows the centres [B, T, 2, 2] of two frames and goes
-    straight on for `ahead` frames, stopped at the borders or (bounce) reflected: minus the distance to the nearer."""
+    straight on for `ahead` frames, stopped at the borders or (bounce) reflected: minus the squared distance
+    to the nearer digit."""
     a, b = centres[:, :-1], centres[:, 1:]
     cross = (a - b.flip(2)).norm(dim=3).sum(2) < (a - b).norm(dim=3).sum(2)  # components come in no order
     a = torch.where(cross[..., None, None], a.flip(2), a)
     there = (b + ahead * (b - a))[:, : a.shape[1] - ahead] - DIGIT / 2  # [B, n, 2, 2] upper left corners
     room = SIZE - DIGIT
-    there = (room - (there % (2 * room) - room).abs() if bounce else there.clamp(0, room)) + DIGIT / 2
+    there = (fold(there, room) if bounce else there.clamp(0, room)) + DIGIT / 2
     cell = (torch.arange(CELLS, device=centres.device) + 0.5) * SIZE / CELLS
     x, y = ((cell - there[..., axis, None]).square() for axis in (0, 1))  # [B, n, 2, 8]
     return -(y[..., :, None] + x[..., None, :]).nan_to_num(torch.inf).amin(2)
@@ -662,8 +684,8 @@ def evaluate_horizons(model: Model, clips: Clips, horizons: int, batch: int = 50
 
 
 def evaluate(model: Model, cfg: Config, stream: ClipStream, run_dir: Path | None) -> dict:
-    """AP on unseen digits, collapse meter; figures, unless another process draws them (run_dir None). -> what it adds
-    to the summary."""
+    """AP on unseen clips, collapse meter of the six that are shown; figures, unless another process draws them (run_dir
+    None). -> what it adds to the summary."""
     begin, device = time.perf_counter(), next(model.parameters()).device
     model.eval()
     clips = stream.unseen(cfg.validation_clips)
@@ -892,30 +914,27 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 @contextlib.contextmanager
 def fitting(path: Path):
-    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    """For putting back what a file of a run holds: what goes wrong inside is the file's fault."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # parts missing, of other types or shapes
+    except Exception as error:  # not JSON, fields that have come or gone, values of other types or shapes
         raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
 
 
 def from_saved(config: dict) -> Config:
-    try:
-        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
-    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
-        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
+    return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
 
 
 def resumed(cfg: Config) -> Config:
     """What the run in cfg's folder was started with, so that --resume needs no other flag."""
     folder = run_folder(cfg)
-    try:
-        saved = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--resume: there is no run in {folder}") from None
-    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
+    if not (config := folder / "config.json").is_file():
+        raise UserError(f"--resume: there is no run in {folder}")
+    with fitting(config):
+        saved = from_saved(json.loads(config.read_text())["config"])
+    return dataclasses.replace(saved, run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
@@ -947,6 +966,10 @@ def load(path: str | Path, device: str = "cpu") -> Model:
 def check(cfg: Config) -> Config:
     """Raises UserError for values that cannot work."""
     flag = lambda name: "--" + name.replace("_", "-")
+    for field in dataclasses.fields(cfg):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and (value := getattr(cfg, field.name)) not in choices:
+            raise UserError(f"{flag(field.name)} {value} is none of {', '.join(map(str, choices))}")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag(name)} must be a finite number, got {value}")
@@ -957,9 +980,8 @@ def check(cfg: Config) -> Config:
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             raise UserError(f"{flag(name)} must be greater than 0, got {getattr(cfg, name)}")
-    side = SIZE // max(1, cfg.stride)
+    side = SIZE // cfg.stride
     rules = [
-        (cfg.stride in (1, 2, 4, 8), f"--stride {cfg.stride}: 1, 2, 4 or 8"),
         (cfg.projector_width > 1, "--projector-width must be at least 2"),
         (cfg.latent_dim > 1, "--latent-dim must be at least 2"),
         (cfg.frames >= 4, f"--frames {cfg.frames}: two of context and at least two to predict"),
@@ -1036,13 +1058,14 @@ def fit(
 
     Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
     one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
-    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    device = next(model.parameters()).device
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
         raise UserError(f"--max-steps {cfg.max_steps} lies before step {start} of the checkpoint")
     compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
     say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
-    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    # bad: the newest terms, until one is not finite: then it and bad_step stay. On the device: nothing waits for it
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
@@ -1149,14 +1172,9 @@ def train(cfg: Config) -> dict:
 
 def report(summary: dict) -> str:
     """The final figures beside the published ones; of long lists the first, the middle and the last."""
-
-    def text(v) -> str:
-        if isinstance(v, list):
-            middle = len(v) // 2
-            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
-        return f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    some = lambda v: v if not isinstance(v, list) or len(v) < 9 else [v[0], "..", v[len(v) // 2], "..", v[-1]]
+    text = lambda v: " ".join(map(text, v)) if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
+    rows = [("", "here", "published"), *((k, text(some(v)), PUBLISHED.get(k, "")) for k, v in summary.items())]
     return "\n".join(f"{name:<30}{here:<54}{published}".rstrip() for name, here, published in rows)
 
 
@@ -1168,8 +1186,8 @@ def parse(argv: list[str]) -> Config:
     complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            known, _ = first.parse_known_args(argv)
-            default = preset(known.preset, run_dir=known.run_dir, resume=resume)
+            known = vars(first.parse_known_args(argv)[0])
+            default = preset(known.pop("preset"), **known, resume=resume)
             return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
@@ -1197,6 +1215,9 @@ def main() -> None:
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
         if asked_to_stop:  # so were the others, and one was faster
             code, message = 128 + asked_to_stop[0], "stopped with the other processes; go on with --resume"
+    except BrokenPipeError:  # as with --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        code, message = 1, "stopped: nobody reads the output any more"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -49,7 +49,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,9 @@ Term = Literal["variance", "covariance", "similarity", "inverse-dynamics", "roll
 # ---------------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
-    """Train a latent world model in Two Rooms and plan with it. Defaults are those of the chosen preset."""
+    """Train a latent world model in Two Rooms and plan with it."""
+
+    # Here stand the values of preset gpu.
 
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "gpu"  # set of defaults; any flag given beside it wins
     seed: int = 0  # of weights and training data
@@ -177,13 +179,13 @@ class UserError(Exception):
     """What a person can mend: printed as one line, without a traceback."""
 
 
-def preset(name: str, planner: str | None = None, **overrides) -> Config:
+def preset(name: str, **overrides) -> Config:
     """The configuration of a preset, with fields replaced: `preset("cpu", seed=1)`."""
     if name not in PRESETS:
         raise UserError(f"--preset {name} is none of {', '.join(PRESETS)}")
     values = {"preset": name, **PRESETS[name]}
-    if planner == "cem" and name == "paper":  # the published CEM has limits of its own
-        values |= dict(planner="cem", init_std=1.5, action_limit=2.45, execute="mean")
+    if name == "paper" and overrides.get("planner") == "cem":  # the published CEM has limits of its own
+        values |= dict(init_std=1.5, action_limit=2.45, execute="mean")
     return Config(**values | overrides)
 
 
@@ -196,7 +198,7 @@ MEAN, STD = (0.0026, 0.0989), (0.0369, 0.2986)  # per channel, of observations i
 
 
 def seeded(generator: torch.Generator, *key) -> torch.Generator:
-    """The generator, seeded by a key such as ("views", seed, step); hashed: on a CPU only 32 bits of a seed count."""
+    """The generator, seeded by a key such as ("clips", seed, step); hashed: on a CPU only 32 bits of a seed count."""
     return generator.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -557,7 +559,7 @@ def gather(z: Tensor) -> Tensor:
 
 
 def share(n: int) -> slice:
-    """Which of n > 0 things this process takes: neighbours, in the order of ranks; the first process has some."""
+    """This process's slice of range(n), n > 0, in the order of ranks; the first process's is never empty."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
@@ -843,14 +845,16 @@ class Agent:
         mine = share(len(obs)) if self.shared else slice(None)
         # drawn for all episodes, then cut: how many processes share them does not change a plan
         noise = lambda law, *shape: law(len(obs), *shape, generator=self.generator, device=self.device)[mine]
+        impatient = self.cfg.patience and self.cfg.cost == "distance"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(self.device)):
             state, goal = self.model.encode(torch.cat((obs[mine].float(), goal_obs[mine].float()))).float().chunk(2)
-            parts = [*plan(self.model, self.cfg, state, goal, mean[mine], noise), self.model.distance(state, goal)]
+            parts = [*plan(self.model, self.cfg, state, goal, mean[mine], noise)]
+            parts += [self.model.distance(state, goal)] if impatient else []
         if self.shared:
             parts = [joined([part], self.device) for part in parts]
-        self.actions, self.mean, to_go = parts
-        if self.cfg.patience and self.cfg.cost == "distance":
-            self.actions = self.wander(to_go, self.actions)
+        self.actions, self.mean, *to_go = parts
+        if impatient:
+            self.actions = self.wander(*to_go, self.actions)
         self.age = 0
 
     def wander(self, to_go: Tensor, actions: Tensor) -> Tensor:
@@ -1262,30 +1266,27 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 @contextlib.contextmanager
 def fitting(path: Path):
-    """For putting back what a checkpoint holds: what goes wrong inside is the checkpoint's fault."""
+    """For putting back what a file of a run holds: what goes wrong inside is the file's fault."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # parts missing, of other types or shapes
+    except Exception as error:  # not JSON, fields that have come or gone, values of other types or shapes
         raise UserError(f"{path} does not fit this script ({type(error).__name__}: {one_line(error)})") from None
 
 
 def from_saved(config: dict) -> Config:
-    try:
-        return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
-    except (TypeError, ValueError, AttributeError) as error:  # fields that have come or gone, values of another type
-        raise UserError(f"the run is of another version of this script ({one_line(error)})") from None
+    return check(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
 
 
 def resumed(cfg: Config) -> Config:
     """What the run in cfg's folder was started with, so that --resume needs no other flag."""
     folder = run_folder(cfg)
-    try:
-        saved = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--resume: there is no run in {folder}") from None
-    return dataclasses.replace(from_saved(saved), run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
+    if not (config := folder / "config.json").is_file():
+        raise UserError(f"--resume: there is no run in {folder}")
+    with fitting(config):
+        saved = from_saved(json.loads(config.read_text())["config"])
+    return dataclasses.replace(saved, run_dir=str(folder), resume=True, overwrite=False, max_steps=0)
 
 
 def restore(path: Path, cfg: Config, model, optimizer, device) -> tuple[int, float]:
@@ -1322,6 +1323,10 @@ def load(path: str | Path, device: str = "cpu", **planner) -> Agent:
 def check(cfg: Config) -> Config:
     """Raises UserError for values that cannot work."""
     flag = lambda name: "--" + name.replace("_", "-")
+    for field in dataclasses.fields(cfg):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and (value := getattr(cfg, field.name)) not in choices:
+            raise UserError(f"{flag(field.name)} {value} is none of {', '.join(map(str, choices))}")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag(name)} must be a finite number, got {value}")
@@ -1414,13 +1419,14 @@ def fit(
 
     Each pass of the loop first looks after the steps before it (checks, log, checkpoint, a wish to stop), then takes
     one more; the last pass takes none. `seconds` leaves out log and checkpoint. `say` prints on the first process."""
-    device, main = next(model.parameters()).device, not dist.is_initialized() or dist.get_rank() == 0
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    device = next(model.parameters()).device
     amp, end = use_bf16(device), min(steps, cfg.max_steps or steps)
     if start > end:
         raise UserError(f"--max-steps {cfg.max_steps} lies before step {start} of the checkpoint")
     compute, warmup_seconds = compiled(cfg, model, batches(start), amp)
     say(f"compile and warm-up {warmup_seconds:.1f} s (in no figure below)")
-    # the first step with a non-finite term and its terms, kept on the device: no synchronisation between log steps
+    # bad: the newest terms, until one is not finite: then it and bad_step stay. On the device: nothing waits for it
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
@@ -1556,14 +1562,9 @@ def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path
 
 def report(summary: dict) -> str:
     """The final figures beside the published ones; of long lists the first, the middle and the last."""
-
-    def text(v) -> str:
-        if isinstance(v, list):
-            middle = len(v) // 2
-            return " ".join(map(text, v if len(v) < 9 else [v[0], "..", v[middle], "..", v[-1]]))
-        return f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    rows = [("", "here", "published"), *((name, text(v), PUBLISHED.get(name, "")) for name, v in summary.items())]
+    some = lambda v: v if not isinstance(v, list) or len(v) < 9 else [v[0], "..", v[len(v) // 2], "..", v[-1]]
+    text = lambda v: " ".join(map(text, v)) if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
+    rows = [("", "here", "published"), *((k, text(some(v)), PUBLISHED.get(k, "")) for k, v in summary.items())]
     return "\n".join(f"{name:<30}{here:<54}{published}".rstrip() for name, here, published in rows)
 
 
@@ -1571,13 +1572,13 @@ def parse(argv: list[str]) -> Config:
     """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
-    first.add_argument("--planner")
+    first.add_argument("--planner", default=argparse.SUPPRESS)
     first.add_argument("--run-dir", "--run_dir", default="")
     complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):
-            known, _ = first.parse_known_args(argv)
-            default = preset(known.preset, known.planner, run_dir=known.run_dir, resume=resume)
+            known = vars(first.parse_known_args(argv)[0])
+            default = preset(known.pop("preset"), **known, resume=resume)
             return tyro.cli(Config, args=argv, default=resumed(default) if resume else default)
     except SystemExit as ended:
         if not ended.code:
@@ -1605,6 +1606,9 @@ def main() -> None:
         code, message = 1, f"error: another process of this run has ended ({str(error)[-60:]}); go on with --resume"
         if asked_to_stop:  # so were the others, and one was faster
             code, message = 128 + asked_to_stop[0], "stopped with the other processes; go on with --resume"
+    except BrokenPipeError:  # as with --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        code, message = 1, "stopped: nobody reads the output any more"
     except OSError as error:
         what = f"{error.filename or 'writing'}: {error.strerror}"
         code, message = 2, f"error: {what}; free space or choose another --run-dir"

@@ -198,7 +198,7 @@ BAD = {  # field, value, what the line must say
         ("variance_weight", -1.0, "variance-weight"), ("temperature", 0.0, "temperature"), ("horizon", 0, "horizon"), ("steps", 0, "steps"),
         ("rollout", 0, "rollout"), ("latent_dim", 1, "latent-dim"), ("slow_features", 32, "slow-features"), ("channels", (8, 0, 8), "channels"),
         ("ablate", ("distance",), "cost latent"), ("grad_clip", INF, "grad-clip"), ("join", 0.0, "join"), ("replan_every", 0, "replan"),
-        ("name", "best", "preset"),
+        ("planner", "best", "planner best is none of mppi, cem"), ("name", "best", "preset"),
     ],
     ij: [
         ("batch_size", 1, "variance"), ("views", 1, "second view"), ("crop_scale", (0.0, 1.0), "crop-scale"), ("crop_scale", (0.6, 0.3), "crop-scale"),
@@ -206,13 +206,13 @@ BAD = {  # field, value, what the line must say
         ("jitter", 3.0, "jitter"), ("knots", 1, "knots"), ("warmup_epochs", 3.0, "warmup-epochs"), ("epochs", 0.0, "epochs"), ("lr", INF, "lr"),
         ("lr", 0.0, "lr"), ("invariance_weight", -1.0, "invariance-weight"), ("width", 0, "width"), ("directions", 0, "directions"),
         ("crop_size", 0, "crop-size"), ("patch_size", 0, "patch-size"), ("log_every", 0, "log-every"), ("batch_size", 9000, "larger than the data set"),
-        ("data", "nowhere", "neither cifar10 nor shapes"), ("name", "best", "preset"),
+        ("data", "nowhere", "neither cifar10 nor shapes"), ("loss", "l2", "loss l2 is none of"), ("name", "best", "preset"),
     ],
     vj: [
         ("batch_size", 0, "batch-size"), ("batch_size", 2000, "clips-per-epoch"), ("frames", 3, "frames"), ("rollout", 9, "does not fit in --frames"),
         ("rollout", 0, "rollout"), ("stride", 3, "stride"), ("levels", 6, "too many for latents"), ("levels", 0, "levels"), ("latent_dim", 0, "latent-dim"),
         ("lr", NAN, "lr"), ("epochs", 0.0, "epochs"), ("variance_weight", -1.0, "variance-weight"), ("covariance_weight", INF, "covariance-weight"),
-        ("validation_clips", 0, "validation-clips"), ("projector_width", 1, "projector-width"), ("name", "best", "preset"),
+        ("validation_clips", 0, "validation-clips"), ("projector_width", 1, "projector-width"), ("norm", "group", "norm group is none of"), ("name", "best", "preset"),
     ],
 }  # fmt: skip
 
@@ -243,6 +243,14 @@ def test_bad_flags_give_one_line(script, flags, said, tmp_path):
     _, error = ended.communicate(timeout=120)
     assert ended.returncode == 2 and said in error and "Traceback" not in error
     assert len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """As with --help | head: it was taken for a full disk."""
+    run = start(wm, "--help", cwd=tmp_path)
+    run.stdout.close()
+    error = run.stderr.read()
+    assert run.wait() == 1 and error == "stopped: nobody reads the output any more\n"
 
 
 @scripts

@@ -377,9 +377,18 @@ def toy_cost(model, cfg, state, actions, goal):
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
 def test_planners_find_the_known_optimum(planner, temperature, smooth):
     cfg = preset("cpu", planner=planner, temperature=temperature, smooth=smooth, samples=256, elites=24, iterations=12, action_limit=0.0)
+    assert cfg.planner == planner
     action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), white(2), toy_cost)
     torch.testing.assert_close(mean, TARGET, atol=0.1, rtol=0)
     assert torch.equal(action, mean)
+
+
+def test_the_published_cem_has_limits_of_its_own():
+    for cfg in (preset("paper", planner="cem"), wm.parse(["--preset", "paper", "--planner", "cem"])):
+        assert (cfg.planner, cfg.init_std, cfg.action_limit, cfg.execute) == ("cem", 1.5, 2.45, "mean")
+    assert preset("paper", planner="cem", init_std=3.0).init_std == 3.0
+    assert wm.parse(["--preset", "paper", "--planner", "cem", "--init-std", "3"]).init_std == 3.0
+    assert preset("paper").action_limit == 0.0 and preset("cpu", planner="cem").init_std == wm.Config.init_std
 
 
 def test_planner_stays_within_the_action_limit():
