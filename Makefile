@@ -41,7 +41,7 @@ results: .venv/ready  ## write the README's tables and its first picture anew fr
 	$(RUN) results/tables.py --readme
 
 test: .venv/ready  ## all tests
-	$(RUN) -m pytest -q tests $(ARGS)
+	$(RUN) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
 torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (6 times each: 12 minutes; ARGS=6)
 	$(RUN) tests/torture.py $(ARGS)

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 FLAGS = {
     "world_model": ["--steps", "3000", "--episodes", "0", "--distance-steps", "0", "--cost", "latent"],
-    "image_jepa": ["--epochs", "6", "--batch-size", "16", "--no-evaluate"],
+    "image_jepa": ["--epochs", "9", "--batch-size", "16", "--no-evaluate"],
     "video_jepa": ["--epochs", "3", "--batch-size", "4", "--no-evaluate"],
 }
 EVERY = 5  # steps between checkpoints
@@ -61,7 +61,7 @@ def losses(folder: Path) -> list[dict]:
 
 def torture(script: str, kills: int, chance: random.Random, folder: Path) -> None:
     finished(start(script, folder / "whole"))
-    parts, reached, writing = folder / "parts", 0, 0
+    parts, reached, writing, killed = folder / "parts", 0, 0, 0
     for n in range(kills):
         run, temporary = start(script, parts), parts / "checkpoint.pt.tmp"
         deadline = time.time() + chance.uniform(2, 12)
@@ -69,22 +69,23 @@ def torture(script: str, kills: int, chance: random.Random, folder: Path) -> Non
             time.sleep(0.001)
         while n % 2 and run.poll() is None and not temporary.exists():  # the next time that it writes
             time.sleep(0.0002)
-        writing += temporary.exists()
-        if run.poll() is not None:
+        if run.poll() is not None:  # it came to its end: FLAGS should make it longer
             assert run.returncode == 0, run.stderr.read()
             break
+        writing += temporary.exists()
         run.kill()
         run.communicate()
+        killed += 1
         if any(parts.glob("*.pt")):
             step = state(parts)["step"]
             assert step >= reached and step % EVERY == 0, f"{script}: step {step} after {reached}"
             reached = step
-        print(f"{script}: kill {n + 1} of {kills}, {writing} while writing, step {reached}", flush=True)
+        print(f"{script}: kill {killed} of {kills}, {writing} while writing, step {reached}", flush=True)
     finished(start(script, parts))
     one, two = state(folder / "whole"), state(parts)
     assert all(same(one[key], two[key]) for key in ("model", "optimizer", "step", "rng")), f"{script}: another end"
     assert losses(folder / "whole") == losses(parts), f"{script}: other losses"
-    print(f"{script}: {n + 1} kills, {writing} while writing; the end is the same bit for bit", flush=True)
+    print(f"{script}: {killed} kills, {writing} while writing; the end is the same bit for bit", flush=True)
 
 
 if __name__ == "__main__":
