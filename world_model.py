@@ -130,7 +130,7 @@ class Config:
     init_std: float = 1.0  # of the first round's actions, px
     temperature: float = 1.0  # of MPPI's softmax, in units of cost
     action_limit: float = 1.8  # largest action norm, px; 0 = off
-    smooth: float = 0.7  # correlation of the sampling noise from one step to the next; 0 = white
+    smooth: float = 0.7  # persistence of the sampling noise from one step to the next; 0 = white
     warm_start: bool = True  # begin from what is left of the last plan; keep mean and best plan among the candidates
     execute: Literal["mean", "elite"] = "mean"  # act on the mean plan or on one elite drawn by weight
     replan_every: int = 4  # steps acted before planning anew
@@ -704,7 +704,8 @@ def shortest_paths(model: WorldModel, cfg: Config, device: torch.device) -> Path
 
 
 def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: int = 4096) -> float:
-    """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error, px, at the end."""
+    """Teach model.detour what the shortest paths add to the straight line. -> mean absolute error at the end, px, where
+    there is a path."""
     torch.manual_seed(cfg.seed)  # start anew, so that a resumed run ends with the same weights
     for layer in model.detour.modules():
         if isinstance(layer, nn.Linear):
@@ -723,13 +724,14 @@ def fit_distance(model: WorldModel, cfg: Config, device: torch.device, batch: in
             with torch.no_grad():
                 straight = metric(model.psi(z), model.psi(goal))
             off = (straight + model.detour(z, goal) - length.nan_to_num()).abs()
-        loss = torch.where(length.isnan(), 0.0, off).mean()  # a NaN in `off` would come back in the gradient
+        known = ~length.isnan()
+        loss = torch.where(known, off, 0.0).mean()  # a NaN in `off` would come back in the gradient
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / cfg.distance_steps))
         optimizer.step()
-        error = error.lerp(loss.detach(), 0.01 if step else 1.0)
+        error = error.lerp(loss.detach() / known.float().mean().clamp(min=1e-6), 0.01 if step else 1.0)
     return error.item()
 
 
@@ -780,7 +782,8 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise, c
     (E, H, _), S, device = mean.shape, cfg.samples, mean.device
     lag = torch.arange(H, device=device)
     lag = (lag[:, None] - lag).float()
-    # AR(1) noise as one matrix: row t weighs the white noise of steps <= t, unit variance at every step
+    # smooth noise as one matrix: row t sums the white noise of steps <= t, faded by cfg.smooth a step, to unit variance;
+    # the correlation of neighbours comes up to cfg.smooth within a few steps
     ar = torch.where(lag >= 0, cfg.smooth ** lag.clamp(min=0), 0.0)
     ar = ar / ar.norm(dim=1, keepdim=True)
     std = torch.full_like(mean, cfg.init_std)

@@ -1,9 +1,11 @@
 """README, Makefile, presets and results agree."""
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,9 @@ def test_every_command_flag_and_path_exists():
     fields = {f.name.replace("_", "-") for script in (wm, ij, vj) for f in dataclasses.fields(script.Config)}
     flags = {f.removeprefix("no-") for f in re.findall(r"--([a-z][a-z_-]+)", code)}
     assert flags <= fields | {"help", "nproc_per_node", "nnodes", "node_rank", "rdzv-endpoint"}, flags - fields
+    for script in (wm, ij, vj):  # each flag is one of the script that it stands behind
+        lines = re.findall(rf"^(?:python|torchrun .*?) {script.SCRIPT}\.py(.*)", code, re.M)
+        assert lines and all(script.parse(["--preset", "cpu", *shlex.split(line, comments=True)]) for line in lines if "--resume" not in line)
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
@@ -49,15 +54,19 @@ def test_presets_and_fields_have_no_dead_names(script):
     for name, values in script.PRESETS.items():
         assert set(values) <= fields, name
     tree = ast.parse((ROOT / f"{script.SCRIPT}.py").read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    used = [part for part in tree.body if getattr(part, "name", "") not in ("check", "restore")]  # these look at all fields
+    read = {n.attr for part in used for n in ast.walk(part) if isinstance(n, ast.Attribute)}
     assert fields <= read, fields - read
 
 
 @scripts
 def test_help_shows_every_field_with_its_meaning(script):
     shown = subprocess.run([sys.executable, f"{script.SCRIPT}.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for field in dataclasses.fields(script.Config):
-        assert "--" + field.name.replace("_", "-") in shown, field.name
+    words, meanings = re.sub(r"[\s│]+", " ", shown), re.findall(r"^    (\w+): .*?  # (.+)", inspect.getsource(script.Config), re.M)
+    assert [name for name, _ in meanings] == [field.name for field in dataclasses.fields(script.Config)]
+    for name, meaning in meanings:
+        flag = "--" + name.replace("_", "-")
+        assert flag in words and meaning in words, f"{flag}: {meaning}"
 
 
 @scripts
@@ -74,7 +83,7 @@ def test_importing_does_nothing(script):
 
 def test_make_lists_its_targets():
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(target in shown for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split() if target != "help")
+    assert all(f"make {target} " in shown for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split() if target != "help")
 
 
 def trained(script, folder: Path, **more) -> str:

@@ -1,4 +1,5 @@
 """image_jepa.py: data, augmentation, networks, losses, optimisers, probes, and that it learns."""
+import dataclasses
 import json
 import math
 import os
@@ -41,6 +42,9 @@ def test_image_folder_reads_every_kind_of_file_and_keeps_the_result(folder, monk
     assert images.train_label.tolist() == [0] * 6 + [1] * 6 == images.test_label.tolist()
     exact = torch.from_numpy(np.array(Image.open(folder / "train/dog/5.png"))).permute(2, 0, 1)
     assert torch.equal(images.train[11], exact)  # 32 x 32 already: untouched
+    tall = torch.from_numpy(np.array(Image.open(folder / "train/dog/3.png"))).permute(2, 0, 1).float()
+    square = F.interpolate(tall[None, :, 28:36], (32, 32), mode="bilinear")[0]  # the middle of 8 x 64
+    assert (images.train[9] - square)[:, 4:-4].abs().max() < 2  # PIL blends the edge with what lies beyond it
     grey = images.train[1]
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
     monkeypatch.setattr(ij, "decode", lambda *_: pytest.fail("read again though nothing changed"))
@@ -114,8 +118,10 @@ def test_shapes_are_always_the_same_and_all_there():
     images = ij.shapes(32, 300, 100)
     assert torch.equal(images.train, ij.shapes(32, 300, 100).train) and images.train.shape == (300, 3, 32, 32)
     assert set(images.train_label.tolist()) == set(range(10)) == set(range(len(images.classes)))
-    spread = images.train.float().std((2, 3)).amax(1)
-    assert spread.min() > 8  # something is to be seen in each
+    edges, test_edges = (x.float().diff(dim=3).abs().amax(1).flatten(1) for x in (images.train, images.test))
+    mean = torch.stack([edges[images.train_label == k].mean(0) for k in range(10)])
+    found = torch.cdist(test_edges, mean).argmin(1) == images.test_label
+    assert found.float().mean() > 0.2  # their outlines tell classes apart; stripes alone would give 0.1
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
@@ -142,7 +148,7 @@ def test_augmentation_equals_torchvision_image_by_image(size, out, views):
 
 def test_augmentation_follows_its_laws():
     n, size = 40000, 32
-    cfg = preset("paper")
+    cfg = preset("paper", jitter=0.5)
     a = ij.draw_augmentation(cfg, n, size, torch.Generator().manual_seed(0))
     top, left, height, width = a.box.unbind(1)
     assert (a.box == a.box.round()).all() and min(top.min(), left.min()) >= 0 and max((top + height).max(), (left + width).max()) <= size
@@ -153,18 +159,35 @@ def test_augmentation_follows_its_laws():
     assert (a.order.sort(1).values == torch.arange(4)).all()
     ways = (a.order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
     assert len(ways) == 24 and (ways / n - 1 / 24).abs().max() < 0.005
-    still = (a.factor == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1)
+    neutral, most = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.4, 0.4, 0.2, 0.1]) / 2  # jitter 0.5
+    still = (a.factor == neutral).all(1)
     assert abs(still.float().mean() - 0.2) < 0.01
-    strength = (a.factor[~still] - torch.tensor([1.0, 1.0, 1.0, 0.0])).abs()
-    assert torch.allclose(strength.amax(0), torch.tensor([0.4, 0.4, 0.2, 0.1]), atol=1e-3)
-    assert torch.allclose(strength.mean(0), torch.tensor([0.2, 0.2, 0.1, 0.05]), atol=5e-3)
+    change = a.factor[~still] - neutral
+    assert torch.allclose(change.amax(0), most, atol=1e-3) and torch.allclose(change.amin(0), -most, atol=1e-3)
+    assert torch.allclose(change.abs().mean(0), most / 2, atol=3e-3) and change.mean(0).abs().max() < 4e-3
     for drawn, p in ((a.flip, 0.5), (a.grey, 0.2), (a.solarise, 0.1)):
         assert abs(drawn.float().mean() - p) < 0.01
 
 
+def test_small_crops_lie_anywhere_in_any_shape_and_nothing_depends_on_another():
+    n, size = 40000, 32
+    cfg = preset("paper", crop_scale=(0.15, 0.6))  # the first try always fits
+    a = ij.draw_augmentation(cfg, n, size, torch.Generator().manual_seed(0))
+    corner, sides = a.box[:, :2], a.box[:, 2:]
+    assert abs(sides.prod(1).mean() / size**2 - 0.375) < 0.005
+    room = size - sides  # the corner is uniform over 0..room
+    assert ((corner / room).mean(0) - 0.5).abs().max() < 0.01
+    for border in (0, room):
+        assert ((corner == border).float().mean(0) - (1 / (room + 1)).mean(0)).abs().max() < 0.006
+    ratio = (sides[:, 1] / sides[:, 0]).log()
+    assert abs(ratio.mean()) < 0.01 and abs(ratio.abs().mean() - math.log(4 / 3) / 2) < 0.005  # uniform in the logarithm
+    drawn = torch.cat((corner / room, ratio[:, None], a.factor, torch.stack((a.flip, a.grey, a.solarise), 1)), 1)
+    assert (torch.corrcoef(drawn.T) - torch.eye(10)).abs().max() < 0.025
+
+
 def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
     images = ij.shapes(16, 100, 10)
-    cfg = preset("smoke", batch_size=20)
+    cfg = preset("smoke", batch_size=20, loss="sigreg")
     one, other = ij.Batches(cfg, images, 64), ij.Batches(cfg, images, 64)
     other(7)
     for step in (3, 7, 0):
@@ -175,7 +198,16 @@ def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
     assert len(seen) == len(images.train.flatten(1).unique(dim=0))
     assert not torch.equal(one(0).images, one(5).images)  # a new order in the next epoch
     halves = [ij.Batches(cfg, images, 64, rank, 2)(3) for rank in (0, 1)]
-    assert torch.equal(torch.cat([h.images for h in halves]), one(3).images)
+    for n in (0, 1):  # images, labels
+        assert torch.equal(torch.cat([h[n] for h in halves]), one(3)[n])
+    which = (one(3).images[:, None] == images.train).flatten(2).all(2).int().argmax(1)
+    assert torch.equal(one(3).labels, images.train_label[which])
+    reseeded = ij.Batches(dataclasses.replace(cfg, seed=1), images, 64)(3)
+    random = lambda b: (b.images, b.augmentation.box, b.augmentation.factor, b.directions)
+    for different in (one(4), reseeded):
+        assert not any(torch.equal(a, b) for a, b in zip(random(one(3)), random(different)))
+    assert torch.equal(halves[0].directions, halves[1].directions)  # else the sum over processes would be no SIGReg
+    assert not torch.equal(halves[0].augmentation.box, halves[1].augmentation.box)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -207,12 +239,13 @@ def test_backbones_have_their_published_sizes(backbone, features, parameters):
     assert sum(p.numel() for p in model.encoder.parameters()) == parameters
 
 
-def test_vit_sees_every_patch():
+def test_vit_sees_every_patch_and_its_place():
     torch.manual_seed(0)
     model = ij.ViT(24, 2, 8, 32, depth=2).eval()
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     (model(x) @ torch.randn(24)).sum().backward()  # the plain sum of a LayerNorm's output is constant
     assert (x.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax((1, 4, 5)) > 0).all()
+    assert (model(x) - model(x.roll(8, 3))).abs().max() > 1e-3  # and knows where it lies
 
 
 def test_vit_takes_images_of_another_size():
@@ -230,6 +263,8 @@ def test_projector(loss, width, size):
     model = ij.Model(preset("paper", loss=loss, projector_width=width), 10)
     assert model.projections == size and model.projector(torch.randn(4, 512)).shape == (4, size)
     assert [m.out_features for m in model.projector if isinstance(m, torch.nn.Linear)] == ([2048, 2048, size] if width else [])
+    parameters = (512 + 1 + 2) * width + (width + 1 + 2) * width + (width + 1) * size if width else 0  # + 2: BatchNorm
+    assert sum(p.numel() for p in model.projector.parameters()) == parameters
 
 
 # ------------------------------------------------------------------------------------------------ loss and optimiser
@@ -243,24 +278,28 @@ def small(**overrides):
 
 @pytest.mark.parametrize("loss", ["vicreg", "sigreg"])
 def test_the_loss_is_its_formula(loss):
-    cfg, model, batch = small(loss=loss)
+    how = dict(loss=loss, invariance_weight=3.0, knots=7)
+    cfg, model, batch = small(**how)
     model.double()
     total, terms, z = ij.losses(model, cfg, batch._replace(images=batch.images))
     with torch.no_grad():
-        model.load_state_dict(small(loss=loss)[1].double().state_dict())  # BatchNorm has moved its averages
+        model.load_state_dict(small(**how)[1].double().state_dict())  # BatchNorm has moved its averages
         x = ij.augment(batch.images, batch.augmentation, cfg.crop_size)
-        p = model.projector(model.encoder(x)).view(3, 16, -1)
+        features = model.encoder(x)
+        p, guesses = model.projector(features).view(3, 16, -1), model.probe(features).view(3, 16, 10)
     pairs = [(p[a] - p[b]).square().mean() for a in range(3) for b in range(a)]
     invariance, variance, covariance, sigreg, probe = terms
     torch.testing.assert_close(invariance, torch.stack(pairs).mean().double(), check_dtype=False, rtol=1e-4, atol=1e-6)
-    parts = cfg.invariance_weight * invariance + probe
+    surprise = torch.stack([-guess.softmax(1)[range(16), batch.labels].log().mean() for guess in guesses]).mean()
+    torch.testing.assert_close(probe, surprise, check_dtype=False, rtol=1e-4, atol=1e-6)
+    parts = 3 * invariance + probe
     if loss == "vicreg":
         each = [2 * torch.stack(ij.variance_covariance_loss(view)) for view in p]  # published: the sum over two views
         torch.testing.assert_close(torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6)
         parts, sigreg_is = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance, 0
         assert sigreg == 0
     else:
-        each = [ij.sigreg_loss(view, batch.directions) for view in p]
+        each = [ij.sigreg_loss(view, batch.directions, knots=7) for view in p]
         torch.testing.assert_close(sigreg, torch.stack(each).mean(), check_dtype=False, rtol=1e-4, atol=1e-6)
         parts = parts + cfg.sigreg_weight * sigreg
         assert batch.directions.norm(dim=0).allclose(torch.ones(cfg.directions)) and variance == covariance == 0
@@ -295,19 +334,45 @@ def test_lars_against_its_definition(decay):
         torch.testing.assert_close(b.detach(), b0)
 
 
-@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
-def test_muon_steps_are_nearly_orthogonal(shape):
+def test_muon_against_its_definition():
+    """The last gradients nearly cancel what is remembered: another momentum, or none of Nesterov, turns the step."""
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(ij.orthogonal([torch.randn(shape) * 7])[0]) / max(1, shape[0] / shape[1]) ** 0.5
-    assert 0.6 < values.min() and values.max() < 1.3
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 12), (6, 3, 2, 2), (12, 6))]  # two are alike
+    vector = torch.nn.Parameter(torch.randn(5))
+    twin = torch.nn.Parameter(vector.detach().clone())
+    groups = [dict(params=matrices, matrix=True, weight_decay=0.5), dict(params=[vector], matrix=False, weight_decay=0.0)]
+    optimizer, adam = ij.Muon(groups, lr=0.1), torch.optim.Adam([twin], 0.01, (0.9, 0.98))
+    gradients = [size * torch.randn_like(w) for size, w in zip((1, 1000, 1), matrices)]
+    sums = [0, 0, 0]
+    for last in ((1, 1, 1), (1, 1, 1), (1, 1, 1), (-1.07, -1.19, -1.19)):
+        before = [w.detach().clone() for w in matrices]
+        for w, g, factor in zip(matrices, gradients, last):
+            w.grad = factor * g
+        vector.grad = twin.grad = torch.randn(5)
+        optimizer.step()
+        adam.step()
+        torch.testing.assert_close(vector, twin)
+        for i, (w, old) in enumerate(zip(matrices, before)):
+            sums[i] = 0.9 * sums[i] + w.grad
+            step = ((1 - 0.1 * 0.5) * old - w.detach()).flatten(1) / 0.1
+            u, _, v = torch.linalg.svd((w.grad + 0.9 * sums[i]).flatten(1), full_matrices=False)
+            assert F.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+            values = torch.linalg.svdvals(step) / max(1, len(step) / step.shape[1]) ** 0.5
+            assert 0.6 < values.min() and values.max() < 1.3
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw", "muon"])
-def test_weight_decay_spares_biases_and_norms(optimizer):
-    model = ij.Model(preset("smoke", optimizer=optimizer), 10)
-    decayed, spared = (g["params"] for g in ij.make_optimizer(model, preset("smoke", optimizer=optimizer, weight_decay=0.1)).param_groups)
-    assert all(p.ndim > 1 for p in decayed) and all(p.ndim == 1 for p in spared)
-    assert len(decayed) + len(spared) == len([p for p in model.parameters() if p.requires_grad])
+@pytest.mark.parametrize("optimizer,backbone", [("lars", "small"), ("adamw", "small"), ("muon", "small"), ("muon", "vit_s")])
+def test_weight_decay_spares_biases_norms_and_places(optimizer, backbone):
+    cfg = preset("smoke", optimizer=optimizer, backbone=backbone, weight_decay=0.1)
+    with torch.device("meta" if backbone == "vit_s" else "cpu"):
+        model = ij.Model(cfg, 10)
+    groups = ij.make_optimizer(model, cfg).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    decayed, spared = ({id(p) for p in g["params"]} for g in groups)
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+    assert not any(id(p) in decayed for p in model.parameters() if p.ndim == 1)
+    places = {f"encoder.backbone.{name}" for name in ("position", "token")} if backbone == "vit_s" else set()
+    assert {name for name, p in model.named_parameters() if p.ndim > 1 and id(p) in spared} == places
 
 
 def test_learning_rate():
@@ -326,8 +391,21 @@ def test_linear_probe_converges_and_chooses_its_decay():
     best = (torch.cdist(z_test / torch.logspace(-3, 3, 8), centre).argmin(1) == y_test).float().mean().item() * 100  # Bayes
     result = ij.linear_probe(z, y, z_test, y_test, 3)
     assert abs(result["linear_accuracy"] - best) < 2
+    one_class = ij.linear_probe(z, y, z_test[y_test == 0], y_test[y_test == 0], 3)  # test data decide nothing
+    assert one_class["linear_accuracy"] > 90 and one_class | {"linear_accuracy": 0} == result | {"linear_accuracy": 0}
     noise = ij.linear_probe(torch.randn(900, 200), y, torch.randn(600, 200), y_test, 3)
     assert noise["probe_decay"] >= 1e-2 and noise["linear_accuracy"] < 45  # where there is nothing, the strong decay wins
+
+
+def test_linear_probe_is_scikit_learns_on_all_training_images():
+    from sklearn.linear_model import LogisticRegression
+
+    torch.manual_seed(0)
+    z, y = torch.randn(150, 60), torch.randint(0, 3, (150,))
+    ours = ij.linear_probe(5 * z + 1, y, 5 * z + 1, y, 3)
+    x = ((z - z.mean(0)) / z.std(0)).numpy()
+    theirs = LogisticRegression(C=1 / (150 * ours["probe_decay"]), tol=1e-7, max_iter=5000).fit(x, y.numpy())
+    assert ours["linear_accuracy"] == pytest.approx(100 * theirs.score(x, y.numpy()), abs=0.1)
 
 
 def test_knn_against_counting():

@@ -29,10 +29,11 @@ def definition(z, margin=1.0, eps=1e-4):
     return variance, sum(C[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / (D * (D - 1))
 
 
+@pytest.mark.parametrize("hinge", [{}, dict(margin=0.6, eps=0.05)])
 @pytest.mark.parametrize("shape", [(2, 2), (5, 13), (13, 5), (7, 7), (31, 16)])
-def test_variance_covariance_equals_its_definition(shape):
+def test_variance_covariance_equals_its_definition(shape, hinge):
     z = (torch.randn(shape, dtype=torch.float64) * torch.linspace(0.1, 2, shape[1]) + 3).requires_grad_()
-    ours, wanted = variance_covariance_loss(z), definition(z)
+    ours, wanted = variance_covariance_loss(z, **hinge), definition(z, **hinge)
     torch.testing.assert_close(ours, wanted)
     for weights in ((1.0, 0.0), (0.0, 1.0), (-0.3, 2.5)):  # the gradient of each, and of a mixture
         losses = [weights[0] * v + weights[1] * c for v, c in (ours, wanted)]

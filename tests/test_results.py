@@ -2,7 +2,10 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,3 +25,16 @@ def test_the_gpu_campaign_goes_on_where_it_was_stopped(tmp_path):
         assert (tmp_path / "results" / script / "smoke-0-curves.png").exists()
     again = call("--minutes", "0.4")
     assert again.returncode == 0 and "all 3 runs" in again.stdout
+
+
+def test_a_run_stopped_in_the_middle_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    import campaign
+
+    folder = tmp_path / "run"
+    flags = ["--preset", "smoke", "--steps", "9000", "--episodes", "0", "--distance-steps", "0", "--cost", "latent"]
+    assert campaign.run("world_model", folder, flags, deadline=time.time() + 15) is None
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 9000
+    assert campaign.run("world_model", folder, [*flags, "--max-steps", str(step + 5)])["steps"] == step + 5
+    assert json.loads((folder / "config.json").read_text())["config"]["resume"] is True

@@ -57,11 +57,11 @@ def layouts(rows, columns):
 SHAPES = [(2, 2), (5, 13), (63, 65), (65, 63), (64, 64), (66, 131), (131, 66), (7, 1061), (1061, 7)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_variance_covariance(shape):
+@pytest.mark.parametrize("shape,hinge", [*((shape, ()) for shape in SHAPES), ((5, 13), (0.6, 0.05))])
+def test_variance_covariance(shape, hinge):  # hinge: margin and eps, where they are not the usual ones
     z = layouts(*shape)["rows"].requires_grad_()
     double = z.detach().double().requires_grad_()
-    ours, wanted = variance_covariance_loss(z), in_float64(variance_covariance_loss, double)
+    ours, wanted = variance_covariance_loss(z, *hinge), in_float64(variance_covariance_loss, double, *hinge)
     for a, b in zip(ours, wanted):
         assert a.dtype == torch.float32 and abs(a.item() - b.item()) <= 3e-6 * max(abs(b.item()), 0.1)
     gradient = lambda loss, x: torch.autograd.grad(loss, x, retain_graph=True)[0]
