@@ -1349,8 +1349,9 @@ def report(summary: dict) -> str:
 def parse(argv: list[str]) -> Config:
     """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
-    first.add_argument("--run-dir", "--run_dir", default="")
+    here = "gpu" if torch.cuda.is_available() else "cpu"
+    first.add_argument("--preset", nargs="?", default=here, const=here)  # a missing value is for tyro to complain of
+    first.add_argument("--run-dir", "--run_dir", nargs="?", default="", const="")
     complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):

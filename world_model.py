@@ -782,7 +782,7 @@ def plan(model, cfg: Config, state: Tensor, goal: Tensor, mean: Tensor, noise, c
     (E, H, _), S, device = mean.shape, cfg.samples, mean.device
     lag = torch.arange(H, device=device)
     lag = (lag[:, None] - lag).float()
-    # smooth noise as one matrix: row t sums the white noise of steps <= t, faded by cfg.smooth a step, to unit variance;
+    # smooth noise as one matrix: row t sums the white noise of steps <= t, faded by cfg.smooth a step, to variance 1;
     # the correlation of neighbours comes up to cfg.smooth within a few steps
     ar = torch.where(lag >= 0, cfg.smooth ** lag.clamp(min=0), 0.0)
     ar = ar / ar.norm(dim=1, keepdim=True)
@@ -1574,9 +1574,10 @@ def report(summary: dict) -> str:
 def parse(argv: list[str]) -> Config:
     """Command line -> Config: the preset's values, then the flags. Raises UserError with the parser's complaint."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="gpu" if torch.cuda.is_available() else "cpu")
-    first.add_argument("--planner", default=argparse.SUPPRESS)
-    first.add_argument("--run-dir", "--run_dir", default="")
+    here = "gpu" if torch.cuda.is_available() else "cpu"
+    first.add_argument("--preset", nargs="?", default=here, const=here)  # a missing value is for tyro to complain of
+    first.add_argument("--planner", nargs="?", default=argparse.SUPPRESS, const="mppi")
+    first.add_argument("--run-dir", "--run_dir", nargs="?", default="", const="")
     complaint, resume = io.StringIO(), "--resume" in argv and "--overwrite" not in argv
     try:
         with contextlib.redirect_stderr(complaint):

@@ -230,7 +230,7 @@ def test_vit_needs_whole_patches():
 
 
 FLAGS = [
-    (["--stepz", "3"], "stepz"), (["--batch-size", "many"], "batch-size"), (["--preset", "best"], "best"),
+    (["--stepz", "3"], "stepz"), (["--run-dir"], "run-dir"), (["--preset"], "preset"), (["--batch-size", "many"], "batch-size"), (["--preset", "best"], "best"),
     (["--resume", "--run-dir", "nowhere"], "no run"), (["--resume", "--overwrite"], "exclude"), (["--device", "cuda"], "no such device"),
 ]  # fmt: skip
 

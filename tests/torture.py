@@ -1,6 +1,6 @@
 """Kill -9 at random moments, half of them while a checkpoint is being written; the run must end as if nothing had happened.
 
-    python tests/torture.py                     # 20 kills a script; six take 12 minutes on 2 cores
+    python tests/torture.py                     # 20 kills a script: about 20 minutes on 2 cores
     python tests/torture.py video_jepa 5        # 5 kills of one script
 
 Weights, optimiser, random state and every logged loss are compared bit for bit with those of a run that nobody touched.
