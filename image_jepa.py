@@ -46,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce  # with a gradient; imported later it keeps the group's threads
 from tqdm import tqdm
 
 from kernels import sigreg_loss, use_triton, variance_covariance_loss
@@ -416,8 +417,6 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # with a gradient
-
         axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         n, world = x.numel() // x.shape[1] * dist.get_world_size(), dist.get_world_size()
         x32 = wide(x)
