@@ -896,11 +896,13 @@ def save_checkpoint(run_dir: Path, cfg: Config, model, optimizer, step: int, tra
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
     """The content of a checkpoint. Raises UserError, offering the previous one, if it is damaged or foreign."""
     previous = path.with_name("previous.pt")
-    if not path.exists() and previous.exists():  # stopped between the two renames of write_atomically
-        path = previous
-    offer = f"; the one before it is kept: mv {previous} {path}" if path != previous and previous.exists() else ""
+    offer = f"; the one before it is kept: mv {previous} {path}" if previous.exists() else ""
+    read = lambda file: torch.load(file, map_location=map_location, weights_only=True)
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            state = read(path)
+        except FileNotFoundError:  # stopped, or looked at, between the two renames of write_atomically
+            state = read(previous)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
