@@ -450,7 +450,9 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_pa
     second = next(pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(int(second), signal.SIGKILL)
     _, error = run.communicate(timeout=300)
-    assert run.returncode and "another process of this run has ended" in error
+    # torchrun asks the other to stop: it says which it noticed first, that or its broken connection
+    said = "another process of this run has ended" in error or "stopped with the other processes" in error
+    assert run.returncode and said and "go on with --resume" in error, error
     assert "world_model.py\"" not in error  # no traceback of ours; torchrun reports in its own words
     step = checkpoint(folder)["step"]
     assert step >= 10 and step % 5 == 0
