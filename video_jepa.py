@@ -88,6 +88,7 @@ class Config:
     down: Literal["stride", "pool"] = "stride"  # how the U-Net gets coarser: convolutions of stride 2, or max-pooling
     norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each place
     residual: bool = False  # predict what is added to the last latent
+    hidden_dim: int = 0  # features at each place that a prediction hands on to the next one, beside its latent
     projector_width: int = 64  # hidden and output features of the projector
     # loss
     rollout: int = 4  # steps predicted in training (K)
@@ -112,18 +113,18 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "gpu": dict(  # what won on a CPU, larger; not tuned on a GPU yet
-        stride=8, predictor_width=128, levels=2, down="pool", norm="layer", residual=True, rollout=6, context="pairs",
+        stride=8, predictor_width=128, levels=2, down="pool", norm="layer", residual=True, hidden_dim=64, rollout=6,
         centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=20,
     ),
     "paper": {},  # the defaults above
     "cpu": dict(
-        stride=8, encoder_width=16, predictor_width=64, levels=2, down="pool", norm="layer", residual=True, frames=6,
-        context="pairs", centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=3, batch_size=16,
-        compile=False,
+        stride=8, encoder_width=16, predictor_width=64, levels=2, down="pool", norm="layer", residual=True,
+        hidden_dim=32, frames=8, rollout=6, centre_places=True, optimizer="muon", lr=0.02, schedule="cosine",
+        epochs=1.5, batch_size=16, compile=False,
     ),
     "smoke": dict(
         data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer",
-        residual=True, context="pairs", centre_places=True, projector_width=16, epochs=1, clips_per_epoch=1600,
+        residual=True, hidden_dim=8, centre_places=True, projector_width=16, epochs=1, clips_per_epoch=1600,
         batch_size=8, optimizer="muon", lr=0.02, schedule="cosine", validation_clips=200, log_every=50,
         checkpoint_every=40, compile=False,
     ),
@@ -403,7 +404,8 @@ class Model(nn.Module):
             nn.Conv2d(1, W, 3, halve[0], 1, bias=False), norm_of(n, W), nn.ReLU(),
             ResidualBlock(W, W, n), ResidualBlock(W, 2 * W, n, halve[1]), ResidualBlock(2 * W, C, n, halve[2]),
         )  # fmt: skip
-        self.predictor, self.residual = UNet(2 * C, C, cfg.predictor_width, cfg.levels, n, cfg.down), cfg.residual
+        self.residual, self.hidden, S = cfg.residual, cfg.hidden_dim, C + cfg.hidden_dim
+        self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, n, cfg.down)
         self.projector = nn.Sequential(nn.Linear(C, P), nn.ReLU(), nn.Linear(P, P))
         self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), conv(C, 32), nn.ReLU(), conv(32, 1))
         s = cfg.stride
@@ -416,8 +418,12 @@ class Model(nn.Module):
         x = frames.transpose(1, 2).reshape(B * T, 1, H, W).contiguous(memory_format=torch.channels_last)
         return self.encoder(x).unflatten(0, (B, T))
 
+    def state(self, z: Tensor) -> Tensor:
+        """Latents [B, T, C, h, w] -> what the predictor reads [B, T, C + hidden_dim, h, w]: nothing is handed on yet."""
+        return F.pad(z, (0, 0, 0, 0, 0, self.hidden)) if self.hidden else z
+
     def predict(self, before: Tensor, last: Tensor) -> Tensor:
-        """Two successive latents [N, C, h, w] each -> the next."""
+        """Two successive states [N, C + hidden_dim, h, w] each -> the next, whose first C features are the latent."""
         y = self.predictor(torch.cat((before, last), 1))
         return last + y if self.residual else y  # may leave the encoder's range, which is 0 and more (a ReLU)
 
@@ -427,23 +433,25 @@ class Model(nn.Module):
 
         pairs: from every two successive true latents on, n = T - 1 - k. rounds, as published: round k predicts from
         round k - 1 at every frame, the two true first latents kept, n = T - 2; so the context is predicted too."""
-        B, found, before, last = len(z), [], z[:, :-2], z[:, 1:-1]
+        B, _, C, _, _ = z.shape
+        found, state = [], self.state(z)
+        first, before, last = state[:, :2], state[:, :-2], state[:, 1:-1]
         for _ in range(steps):
             y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, -1)).to(z.dtype)
-            found.append(y)
+            found.append(y[:, :, :C])
             if context == "pairs":
                 before, last = last[:, :-1], y[:, :-1]
             else:
-                state = torch.cat((z[:, :2], y), 1)
+                state = torch.cat((first, y), 1)
                 before, last = state[:, :-2], state[:, 1:-1]
         return found
 
     def rollout(self, context: Tensor, steps: int) -> Tensor:
         """Latents of context frames [B, 2 or more, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]."""
-        seen = list(context[:, -2:].unbind(1))
+        seen = list(self.state(context[:, -2:]).unbind(1))
         for _ in range(steps):
             seen.append(self.predict(*seen[-2:]).to(context.dtype))
-        return torch.stack(seen[2:], 1)
+        return torch.stack(seen[2:], 1)[:, :, : context.shape[2]]
 
     def project(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> projections [B, T, h, w, P]."""

@@ -2,7 +2,6 @@
 
     python results/campaign.py ablations                            # the cpu presets, shortened, one thing changed at a time
     python results/campaign.py ablations image_jepa --data data/cifar10    # of one script, with a flag for each of its runs
-    python results/campaign.py course                               # video: mAP along the training, by our recipe and as published
     python results/campaign.py gpu --minutes 9                      # on a GPU: benchmark, presets gpu and paper; again until done
 
 Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/.
@@ -44,30 +43,20 @@ ABLATIONS = {
     "video_jepa": (
         ["--epochs", "0.3", "--validation-clips", "500"],
         {
-            "K = 4": ([], ".607"),
+            "K = 6": ([], ""),
             "K = 1": (["--rollout", "1"], ".385"),
             "K = 2": (["--rollout", "2"], ".524"),
-            "K = 8, clips of 10 frames": (["--rollout", "8", "--frames", "10"], ".595"),
+            "K = 4": (["--rollout", "4"], ".607"),
             "variance 1, covariance 1": (["--variance-weight", "1", "--covariance-weight", "1"], ".259"),
             "variance 0.1, covariance 0.1": (["--variance-weight", "0.1", "--covariance-weight", "0.1"], ""),
+            "nothing handed on": (["--hidden-dim", "0"], ""),
+            "trained on pairs": (["--context", "pairs"], ""),
             "places not centred": (["--no-centre-places"], ""),
             "BatchNorm": (["--norm", "batch"], ""),
-            "constant learning rate": (["--schedule", "constant"], ""),
-            "Adam": (["--optimizer", "adam", "--lr", "0.002"], ""),
         },
-        ("map", "ap", "effective_rank", "train_seconds"),
+        ("map_rounds", "map", "ap_rounds", "effective_rank", "train_seconds"),
     ),
 }
-
-COURSE = {  # recipes of video_jepa.py whose mAP is measured along the training
-    "preset cpu": [],
-    "published choices, same size": [
-        *("--norm", "batch", "--schedule", "constant", "--optimizer", "adam", "--lr", "0.001", "--context", "rounds"),
-        *("--no-centre-places", "--no-residual", "--down", "stride"),
-    ],
-}  # fmt: skip
-STOPS = (125, 250, 375, 500, 750, 1125)  # optimiser steps; the last is the end of one epoch
-
 
 GPU = [  # in the order of worth: script, name of the run, flags
     *(("world_model", f"gpu-{seed}", ["--preset", "gpu", "--seed", str(seed)]) for seed in range(3)),
@@ -122,39 +111,11 @@ def draw_horizons(rows: dict[str, dict]) -> None:
     axis = figure.subplots()
     for n, (name, row) in enumerate(rows.items()):
         style = dict(marker="osD^v<>pX*"[n], color=f"C{n}", lw=2.5 if n == 0 else 1)
-        axis.plot(range(1, 8), row["ap"], label=f"{name}: {row['map']:.2f}", **style)
-    axis.set(xlabel="frames ahead", ylabel="average precision")
+        axis.plot(range(1, 8), row["ap_rounds"], label=f"{name}: {row['map_rounds']:.2f}", **style)
+    axis.set(xlabel="frames ahead", ylabel="average precision, in rounds")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, title="run: mAP", title_fontsize=7)
     figure.savefig(ROOT / "results/video_jepa/recipe.png", dpi=110)
-
-
-def course() -> None:
-    """results/course.json and results/video_jepa/course.png: each recipe is stopped, measured and gone on with."""
-    from matplotlib.figure import Figure
-
-    found = {}
-    for name, flags in COURSE.items():
-        folder = ROOT / "runs/video_jepa" / ("course " + name).replace(" ", "-").replace(",", "")
-        for stop in STOPS:
-            kept = folder / f"stop-{stop}.json"
-            if not kept.exists():
-                (folder / "summary.json").unlink(missing_ok=True)
-                common = ["--preset", "cpu", "--epochs", "1", "--validation-clips", "500", "--max-steps", str(stop)]
-                kept.write_text(json.dumps(run("video_jepa", folder, [*common, *flags])))
-            summary = json.loads(kept.read_text())
-            found.setdefault(name, {})[stop] = {key: summary[key] for key in ("map", "map_rounds", "ap", "ap_rounds")}
-            print(f"{name:<40}{stop:>6} steps: mAP {summary['map']}, in rounds {summary['map_rounds']}", flush=True)
-    (ROOT / "results/course.json").write_text(json.dumps(dict(device=summary["device"], runs=found), indent=1))
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for n, (name, by_stop) in enumerate(found.items()):
-        for key, style, label in (("map", "-o", "from two true frames"), ("map_rounds", "--s", "in rounds")):
-            axis.plot(STOPS, [by_stop[stop][key] for stop in STOPS], style, color=f"C{n}", label=f"{name}, {label}")
-    axis.set(xlabel="optimiser step", ylabel="mAP (1 to 7 frames ahead)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.savefig(ROOT / "results/video_jepa/course.png", dpi=110)
 
 
 def keep(script: str, name: str, folder: Path, results: Path, **facts) -> None:
@@ -195,7 +156,7 @@ def gpu(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands = dict(ablations=ablations, course=lambda arguments: course(), gpu=gpu)
+    commands = dict(ablations=ablations, gpu=gpu)
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](sys.argv[2:])
     else:

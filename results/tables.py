@@ -51,7 +51,11 @@ PUBLISHED = {
     ],
     "video_jepa": ["| EB-JEPA, published | Moving MNIST | 1 GPU | | | .607 (.76 .. .40) | | | |"],
 }
-MAIN = dict(world_model=("success_rate", "{:.1f} %"), image_jepa=("linear_accuracy", "{:.1f} %"), video_jepa=("map", "{:.3f}"))
+MAIN = {  # the figures that stand for a run: key of the summary -> how it is written
+    "world_model": {"success_rate": "{:.1f} %"},
+    "image_jepa": {"linear_accuracy": "{:.1f} %"},
+    "video_jepa": {"map_rounds": "{:.3f}", "map": "{:.3f}"},
+}
 
 
 def script_of(summary: dict) -> str:
@@ -75,12 +79,13 @@ def table(script: str) -> str:
     """Rows of results/<script>/*.json, the published figures, the mean over seeds of each preset."""
     summaries = [json.loads(p.read_text()) for p in sorted((ROOT / "results" / script).glob("*.json"))]
     lines = [head(script), *(row(f"`{s['preset']}`, seed {s['seed']}", s) for s in summaries), *PUBLISHED[script]]
-    key, form = MAIN[script]
     for preset in dict.fromkeys(s["preset"] for s in summaries):
-        values = [s[key] for s in summaries if s["preset"] == preset]
-        if len(values) > 1:
+        seeds, found = [s for s in summaries if s["preset"] == preset], []
+        for key, form in MAIN[script].items() if len(seeds) > 1 else ():
+            values = [s[key] for s in seeds]
             mean, deviation = form.format(statistics.mean(values)), form.format(statistics.stdev(values))
-            lines += ["", f"`{preset}`, {len(values)} seeds: {key.replace('_', ' ')} {mean} (standard deviation {deviation})."]
+            found.append(f"{key.replace('_', ' ')} {mean} (standard deviation {deviation})")
+        lines += ["", f"`{preset}`, {len(seeds)} seeds: {', '.join(found)}."] if found else []
     return "\n".join(lines)
 
 
@@ -101,10 +106,12 @@ def ablations() -> str:
     """results/ablations.json, one table a script: a run, the main figure, its published counterpart."""
     path, parts = ROOT / "results/ablations.json", []
     for script, record in (json.loads(path.read_text()) if path.exists() else {}).items():
-        key, form = MAIN[script]
-        lines = [f"| `{script}.py`, {record['flags']} | {key.replace('_', ' ')} | effective rank | published |", "|---|---|---|---|"]
+        main, flags = MAIN[script], record["flags"]
+        names = " | ".join(key.replace("_", " ") for key in main)
+        lines = [f"| `{script}.py`, {flags} | {names} | effective rank | published |", "|---" * (len(main) + 3) + "|"]
         for name, r in record["runs"].items():
-            lines.append(f"| {name} | {form.format(r[key])} | {r['effective_rank']:.1f} | {r['published']} |")
+            figures = " | ".join(form.format(r[key]) for key, form in main.items())
+            lines.append(f"| {name} | {figures} | {r['effective_rank']:.1f} | {r['published']} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -197,19 +197,32 @@ def test_forecasts_in_rounds_feed_every_frame_with_the_round_before():
     torch.manual_seed(0)
     model = Model(preset("smoke")).double().eval()
     z = torch.randn(2, 6, 16, 16, 16, dtype=torch.float64)
-    state = list(z.unbind(1))
+    state = [torch.cat((frame, torch.zeros(2, 8, 16, 16)), 1) for frame in z.unbind(1)]  # nothing handed on yet
     for y in model.forecasts(z, 4, "rounds"):
         state = state[:2] + [model.predict(state[t - 2], state[t - 1]) for t in range(2, 6)]
-        torch.testing.assert_close(y, torch.stack(state[2:], 1))
+        torch.testing.assert_close(y, torch.stack(state[2:], 1)[:, :, :16])
     # after as many rounds as there are frames to predict, all of it follows from the two first frames
-    torch.testing.assert_close(torch.stack(state[2:], 1), model.rollout(z[:, :2], 4))
+    torch.testing.assert_close(y, model.rollout(z[:, :2], 4))
+
+
+def test_what_is_handed_on_reaches_the_predictions_after_the_next():
+    torch.manual_seed(0)
+    model = Model(preset("smoke", hidden_dim=8)).eval()
+    z, real = torch.randn(1, 2, 16, 16, 16), Model.predict
+    whole = model.rollout(z, 3)
+    forgetful = lambda a, b: real(model, a, b) * (torch.arange(24) < 16)[:, None, None]
+    model.predict = forgetful
+    without = model.rollout(z, 3)
+    torch.testing.assert_close(whole[:, 0], without[:, 0])
+    assert (whole[:, 1:] - without[:, 1:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
+    assert whole.shape == without.shape == (1, 3, 16, 16, 16)
 
 
 def test_residual_and_plain_prediction():
     torch.manual_seed(0)
     plain, added = Model(preset("smoke", residual=False)), Model(preset("smoke", residual=True))
     added.load_state_dict(plain.state_dict())
-    a, b = torch.randn(2, 3, 16, 16, 16)
+    a, b = torch.randn(2, 3, 16 + 8, 16, 16)
     torch.testing.assert_close(added.predict(a, b), plain.predict(a, b) + b)
 
 
@@ -221,17 +234,21 @@ def test_layer_norm_does_not_mix_clips():
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
-def test_the_loss_is_its_formula():
+@pytest.mark.parametrize("context", ["pairs", "rounds"])
+def test_the_loss_is_its_formula(context):
     torch.manual_seed(0)
-    cfg = preset("smoke", batch_size=4, rollout=3, prediction_weight=3.0)
+    cfg = preset("smoke", batch_size=4, rollout=3, prediction_weight=3.0, context=context)
     model = Model(cfg).double()
     batch = vj.ClipStream(cfg, torch.device("cpu"))(0)
     total, terms, latents = vj.losses(model, cfg, batch)
     z = model.encode(batch.frames[:, None].double() / 255)
     p, errors = model.project(z), []
     for k in range(1, 4):
-        y = torch.stack([model.rollout(z[:, t - k - 1 : t - k + 1], k)[:, -1] for t in range(k + 1, cfg.frames)], 1)
-        errors.append((model.project(y) - p[:, k + 1 :]).square().mean())
+        if context == "pairs":
+            y = torch.stack([model.rollout(z[:, t - k - 1 : t - k + 1], k)[:, -1] for t in range(k + 1, cfg.frames)], 1)
+        else:
+            y = model.forecasts(z, k, "rounds")[-1]
+        errors.append((model.project(y) - p[:, -y.shape[1] :]).square().mean())
     torch.testing.assert_close(terms[0], torch.stack(errors).mean().detach())
     p = p - p.mean((0, 1))  # each place's mean
     v, c = vj.variance_covariance_loss(p.reshape(-1, cfg.projector_width))
@@ -329,7 +346,7 @@ def test_average_precision_by_hand():
 class Oracle:
     """Latents that are the detection map of the true frame; the next is what `predict` makes of two."""
 
-    forecasts = Model.forecasts
+    forecasts, state, hidden = Model.forecasts, Model.state, 0
 
     def __init__(self, predict):
         self.predict = predict
@@ -423,7 +440,7 @@ def test_training_on_the_published_file(tmp_path, monkeypatch):
     assert vj.losses(Model(cfg), cfg, stream(0))[0].isfinite()
 
 
-@pytest.mark.parametrize("flags", [dict(norm="batch", context="rounds", stride=2, down="stride", residual=False), dict(stride=8)])
+@pytest.mark.parametrize("flags", [dict(norm="batch", hidden_dim=0, stride=2, down="stride", residual=False), dict(stride=8, context="pairs")])
 def test_loss_compiles_to_one_graph(flags):
     cfg = preset("smoke", batch_size=4, **flags)
     torch.manual_seed(0)
