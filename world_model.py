@@ -1085,13 +1085,13 @@ def draw_lines(path: Path, panels: list[tuple]) -> None:
     """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
     for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, x, y, style in lines:
             axis.plot(x, y, style, label=label, lw=1.5)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, framealpha=0.6)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the lines
     figure.savefig(path, dpi=110)
 
 
