@@ -1,11 +1,11 @@
 """Video JEPA: see several frames ahead, in latent space.
 
-    z_t = encode(frame_t)                                  a latent map [C, h, w] of each frame
-    y_t = predict(z_{t-2}, z_{t-1})                        the next latent, from the two before it; and a hidden state,
-                                                           for the prediction after it (--hidden-dim)
-    y^k: k rounds of it, over all frames of a clip at once, each from the predictions of the round before
-    loss = mean_k |project(y^k) - p|^2,  p = project(z)    no stop-gradient; collapse is prevented by
-         + 10 variance(p) + 100 covariance(p)              of projected latents, over batch, time and place (kernels/)
+    z_t = encode(frame_t)                            a latent map [C, h, w] of each frame, t = 0..T-1
+    s_t^0 = (z_t, 0)                                 a state: the latent, and what is handed on (--hidden-dim)
+    s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})    round k, for all t > 1 at once; s_0 and s_1 stay true
+    y_t^k = the latent part of s_t^k
+    loss = mean_k |project(y^k) - p|^2               p = project(z); no stop-gradient; collapse is prevented by
+         + 10 variance(p) + 100 covariance(p)        of projected latents, over batch, time and place (kernels/)
 
 where |.|^2 is a mean over clips, frames, places and features.
 
@@ -18,8 +18,9 @@ the first does on latents predicted t + 1 steps ahead is the measure: average pr
 
 Preset cpu: mAP .67 in rounds, .63 from two true frames alone, after eleven minutes on 2 cores (MNIST, 10k digits; 3
 seeds in results/); published, in rounds: .607 after 50 epochs on a GPU. It and preset gpu differ from the paper in
-latents of 8 x 8 places, a U-Net of two levels, LayerNorm, residual prediction, the hidden state, six steps ahead,
-centred places, Muon and a cosine schedule; preset cpu also in short clips and small batches.
+latents of 8 x 8 places, a wider U-Net of two levels with max-pooling, LayerNorm, residual prediction, what is handed
+on, six rounds, centred places, Muon, a cosine schedule and fewer epochs; preset cpu also in short clips and small
+batches.
 From "checkpoint and logging" on the file is nearly the same as the other scripts.
 """
 import argparse
@@ -89,12 +90,12 @@ class Config:
     down: Literal["stride", "pool"] = "stride"  # how the U-Net gets coarser: convolutions of stride 2, or max-pooling
     norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each place
     residual: bool = False  # predict what is added to the last latent
-    hidden_dim: int = 0  # features at each place that a prediction hands on to the next one, beside its latent
+    hidden_dim: int = 0  # features at each place that a prediction hands on to the next, beside its latent
     projector_width: int = 64  # hidden and output features of the projector
     # loss
-    rollout: int = 4  # steps predicted in training (K)
-    context: Literal["rounds", "pairs"] = "rounds"  # pairs: roll out from every two true frames; rounds: see forecasts
-    prediction_weight: float = 1.0  # squared error of the projected predictions
+    rollout: int = 4  # rounds of prediction in training (K)
+    context: Literal["rounds", "pairs"] = "rounds"  # rounds: equations on top; pairs: open-loop from every two frames
+    prediction_weight: float = 0.8  # squared error of the predictions; published: 1, of 10 frames, two of them true
     variance_weight: float = 10.0  # hinge on each feature's standard deviation
     covariance_weight: float = 100.0  # squared off-diagonal covariances
     centre_places: bool = False  # take out each place's mean over clips and frames before both
@@ -115,19 +116,19 @@ class Config:
 PRESETS: dict[str, dict] = {
     "gpu": dict(  # what won on a CPU, larger; not tuned on a GPU yet
         stride=8, predictor_width=128, levels=2, down="pool", norm="layer", residual=True, hidden_dim=64, rollout=6,
-        centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=20,
+        prediction_weight=1.0, centre_places=True, optimizer="muon", lr=0.02, schedule="cosine", epochs=20,
     ),
     "paper": {},  # the defaults above
     "cpu": dict(
         stride=8, encoder_width=16, predictor_width=64, levels=2, down="pool", norm="layer", residual=True,
-        hidden_dim=32, frames=8, rollout=6, centre_places=True, optimizer="muon", lr=0.02, schedule="cosine",
-        epochs=1.5, batch_size=16, compile=False,
+        hidden_dim=32, frames=8, rollout=6, prediction_weight=1.0, centre_places=True, optimizer="muon", lr=0.02,
+        schedule="cosine", epochs=1.5, batch_size=16, compile=False,
     ),
     "smoke": dict(
-        data="glyphs", stride=4, latent_dim=16, encoder_width=16, predictor_width=16, levels=2, norm="layer",
-        residual=True, hidden_dim=8, centre_places=True, projector_width=16, epochs=1, clips_per_epoch=1600,
-        batch_size=8, optimizer="muon", lr=0.02, schedule="cosine", validation_clips=200, log_every=50,
-        checkpoint_every=40, compile=False,
+        data="glyphs", stride=4, encoder_width=16, predictor_width=16, levels=2, norm="layer", residual=True,
+        hidden_dim=8, prediction_weight=1.0, centre_places=True, projector_width=16, epochs=1, clips_per_epoch=1600,
+        batch_size=8, optimizer="muon", lr=0.02, schedule="cosine", validation_clips=200, checkpoint_every=40,
+        compile=False,
     ),
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {
@@ -278,16 +279,17 @@ class ClipStream:
     """Training batches as a pure function of (seed, step): nothing to save, and a resumed run sees the same clips.
 
     A new data set: a function of cfg.data_dir that returns Clips to train and to validate on, as moving_mnist does, and
-    its name here, in `moving` and in Config. Frames are grey, of 64 x 64 px; where nothing is known of places, occupied
-    is False and centres are NaN, and mAP says nothing."""
+    its name here and in Config. Frames are grey, of 64 x 64 px; where nothing is known of places, occupied is False and
+    centres are NaN, and mAP says nothing."""
 
     def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world: int = 1):
         first = not dist.is_initialized() or rank == 0
         if not first:
             dist.barrier()  # the first process downloads for all
         self.cfg, self.generator, self.rank, self.world = cfg, torch.Generator(device), rank, world
-        self.moving = cfg.data != "moving-mnist"
-        source = {"mnist": mnist, "moving-mnist": moving_mnist}.get(cfg.data, lambda _: glyphs())(cfg.data_dir)
+        sources = {"mnist": mnist, "moving-mnist": moving_mnist, "glyphs": lambda _: glyphs()}
+        source = sources[cfg.data](cfg.data_dir)
+        self.moving = isinstance(source[0], Tensor)  # digits, to be moved
         place = lambda part: part.to(device) if self.moving else Clips(*(x.to(device) for x in part))
         self.train, self.validation = (place(part) for part in source)
         if first and dist.is_initialized():
@@ -393,8 +395,9 @@ class UNet(nn.Module):
 class Model(nn.Module):
     """Encoder, predictor and projector, trained together, and two heads that read detached latents.
 
-    Another encoder: a module [N, 1, 64, 64] -> [N, latent_dim, 64 / stride, 64 / stride], which the heads rely on. All
-    its parameters of two axes and more go to Muon (`make_optimizer`)."""
+    Another encoder: a module [N, 1, 64, 64] -> [N, latent_dim, 64 / stride, 64 / stride], which the heads rely on.
+    Another predictor: [N, 2 S, h, w] -> [N, S, h, w], S = latent_dim + hidden_dim. All their parameters of two axes and
+    more go to Muon (`make_optimizer`)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -407,7 +410,9 @@ class Model(nn.Module):
         )  # fmt: skip
         self.residual, self.hidden, S = cfg.residual, cfg.hidden_dim, C + cfg.hidden_dim
         self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, n, cfg.down)
-        self.projector = nn.Sequential(nn.Linear(C, P), nn.ReLU(), nn.Linear(P, P))
+        self.batch_norm = n == "batch"
+        first = [nn.Linear(C, P), BatchNorm(P)] if self.batch_norm else [nn.Linear(C, P)]
+        self.projector = nn.Sequential(*first, nn.ReLU(), nn.Linear(P, P, bias=not self.batch_norm))
         self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), conv(C, 32), nn.ReLU(), conv(32, 1))
         s = cfg.stride
         self.decoder = nn.Sequential(conv(C, 32), nn.ReLU(), conv(32, s * s), nn.PixelShuffle(s))
@@ -421,42 +426,50 @@ class Model(nn.Module):
 
     def state(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> states for `predict` [B, T, C + hidden_dim, h, w], with nothing handed on yet."""
-        return F.pad(z, (0, 0, 0, 0, 0, self.hidden)) if self.hidden else z
+        return F.pad(z, (0, 0, 0, 0, 0, self.hidden))
 
     def predict(self, before: Tensor, last: Tensor) -> Tensor:
         """Two successive states [N, C + hidden_dim, h, w] each -> the next, whose first C features are the latent."""
         y = self.predictor(torch.cat((before, last), 1))
-        return last + y if self.residual else y  # may leave the encoder's range, which is 0 and more (a ReLU)
+        y = last + y if self.residual else y  # may leave the encoder's range, which is 0 and more (a ReLU)
+        return y.to(last.dtype)
 
     def forecasts(self, z: Tensor, steps: int, context: str) -> list[Tensor]:
-        """Latents of clips [B, T, C, h, w] -> for each k = 1..steps k-step predictions [B, n, C, h, w] of the last n
-        frames.
+        """Latents of clips [B, T, C, h, w] -> for each k = 1..steps predictions [B, n, C, h, w] of the last n frames.
 
-        pairs: from every two successive true latents on, n = T - 1 - k. rounds, as published: round k predicts from
-        round k - 1 at every frame, the two true first latents kept, n = T - 2; so the context is predicted too."""
+        pairs: k steps open-loop from every two successive true latents, n = T - 1 - k. rounds, as published: those of
+        round k, n = T - 2; the last T - 1 - k are k steps ahead, frame t <= k is where it was in round t - 1."""
         B, _, C, _, _ = z.shape
         found, state = [], self.state(z)
-        first, before, last = state[:, :2], state[:, :-2], state[:, 1:-1]
-        for _ in range(steps):
-            y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, -1)).to(z.dtype)
-            found.append(y[:, :, :C])
+        before, last = state[:, :-2], state[:, 1:-1]
+        for k in range(1, steps + 1):
+            y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, -1))
             if context == "pairs":
+                found.append(y[:, :, :C])
                 before, last = last[:, :-1], y[:, :-1]
             else:
-                state = torch.cat((first, y), 1)
-                before, last = state[:, :-2], state[:, 1:-1]
+                state = torch.cat((state[:, : -y.shape[1]], y), 1)
+                found.append(state[:, 2:, :C])
+                settled = 0 if self.batch_norm and self.training else k  # its statistics are of all frames each round
+                before, last = state[:, settled:-2], state[:, settled + 1 : -1]
         return found
 
     def rollout(self, context: Tensor, steps: int) -> Tensor:
-        """Latents of context frames [B, 2 or more, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]."""
-        seen = list(self.state(context[:, -2:]).unbind(1))
+        """Latents of n > 1 frames [B, n, C, h, w] -> of the `steps` frames after them [B, steps, C, h, w]: in rounds
+        over all n, so that more context tells more."""
+        B, n, C, _, _ = context.shape
+        state, ahead = self.state(context), []
+        before, last = state[:, :-1], state[:, 1:]
         for _ in range(steps):
-            seen.append(self.predict(*seen[-2:]).to(context.dtype))
-        return torch.stack(seen[2:], 1)[:, :, : context.shape[2]]
+            y = self.predict(before.flatten(0, 1), last.flatten(0, 1)).unflatten(0, (B, n - 1))
+            ahead.append(y[:, -1, :C])
+            before, last = torch.cat((last[:, :1], y[:, :-1]), 1), y
+        return torch.stack(ahead, 1)
 
     def project(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> projections [B, T, h, w, P]."""
-        return self.projector(z.movedim(2, -1))
+        rows = z.movedim(2, -1)
+        return self.projector(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
 
     def detect(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> probability of a digit's centre in each of 8 x 8 cells [B, T, 8, 8]."""
@@ -495,7 +508,8 @@ def joined(parts: list[Tensor], device: torch.device) -> Tensor:
 
 
 def losses(model: Model, cfg: Config, batch: Clips, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T h w, C] (detached)."""
+    """-> total loss (0-d, to differentiate), the terms in the order of TERMS and latents [B T h w, C] (detached, less
+    each place's mean)."""
     device = batch.frames.device
     x = batch.frames[:, None].to(next(model.parameters()).dtype) / 255
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):

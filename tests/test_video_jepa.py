@@ -166,7 +166,8 @@ def test_published_sizes():
         model = Model(preset("paper"))
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert (count(model.encoder), count(model.predictor)) == (89_280, 2_032_496)
-    assert [l.out_features for l in model.projector if isinstance(l, torch.nn.Linear)] == [64, 64]
+    assert [type(l).__name__ for l in model.projector] == ["Linear", "BatchNorm", "ReLU", "Linear"]
+    assert [(l.out_features, l.bias is None) for l in (model.projector[0], model.projector[3])] == [(64, False), (64, True)]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
@@ -193,16 +194,27 @@ def test_forecasts_from_pairs_are_rollouts_from_every_frame(residual):
             torch.testing.assert_close(y[:, n], model.rollout(z[:, n : n + 2], k)[:, -1])
 
 
-def test_forecasts_in_rounds_feed_every_frame_with_the_round_before():
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_forecasts_in_rounds_feed_every_frame_with_the_round_before(norm):
+    """All frames in every round, though most need not be predicted again; with BatchNorm they count in training."""
     torch.manual_seed(0)
-    model = Model(preset("smoke")).double().eval()
+    model = Model(preset("smoke", norm=norm)).double()
     z = torch.randn(2, 6, 16, 16, 16, dtype=torch.float64)
-    state = [torch.cat((frame, torch.zeros(2, 8, 16, 16)), 1) for frame in z.unbind(1)]  # nothing handed on yet
-    for y in model.forecasts(z, 4, "rounds"):
-        state = state[:2] + [model.predict(state[t - 2], state[t - 1]) for t in range(2, 6)]
-        torch.testing.assert_close(y, torch.stack(state[2:], 1)[:, :, :16])
+    found, state = model.forecasts(z, 4, "rounds"), torch.cat((z, torch.zeros(2, 6, 8, 16, 16)), 2)  # nothing handed on yet
+    for y in found:
+        new = model.predict(state[:, :-2].flatten(0, 1), state[:, 1:-1].flatten(0, 1)).unflatten(0, (2, 4))
+        state = torch.cat((state[:, :2], new), 1)
+        torch.testing.assert_close(y, new[:, :, :16])
     # after as many rounds as there are frames to predict, all of it follows from the two first frames
-    torch.testing.assert_close(y, model.rollout(z[:, :2], 4))
+    model.eval()
+    torch.testing.assert_close(model.forecasts(z, 4, "rounds")[-1], model.rollout(z[:, :2], 4))
+    # and a rollout from more frames is what rounds make of the frame after them, and so on
+    for context in (3, 4):
+        ahead = model.rollout(z[:, :context], 2)
+        assert ahead.shape == (2, 2, 16, 16, 16)
+        rounds = model.forecasts(z, 2, "rounds")  # of frames 2..5
+        for k in (1, 2):
+            torch.testing.assert_close(ahead[:, k - 1], rounds[k - 1][:, context - 3 + k])
 
 
 def test_what_is_handed_on_reaches_the_predictions_after_the_next():
@@ -346,7 +358,7 @@ def test_average_precision_by_hand():
 class Oracle:
     """Latents that are the detection map of the true frame; the next is what `predict` makes of two."""
 
-    forecasts, state, hidden = Model.forecasts, Model.state, 0
+    forecasts, state, hidden, batch_norm = Model.forecasts, Model.state, 0, False
 
     def __init__(self, predict):
         self.predict = predict
