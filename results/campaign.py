@@ -110,7 +110,7 @@ def draw_horizons(rows: dict[str, dict]) -> None:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     for n, (name, row) in enumerate(rows.items()):
-        style = dict(marker="osD^v<>pX*"[n], color=f"C{n}", lw=2.5 if n == 0 else 1)
+        style = dict(marker="osD^v<>pX*"[n % 10], color=f"C{n % 10}", lw=2.5 if n == 0 else 1)
         axis.plot(range(1, 8), row["ap_rounds"], label=f"{name}: {row['map_rounds']:.2f}", **style)
     axis.set(xlabel="frames ahead", ylabel="average precision, in rounds")
     axis.grid(alpha=0.3)
