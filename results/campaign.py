@@ -4,7 +4,8 @@
     python results/campaign.py ablations image_jepa --data data/cifar10    # of one script, with a flag for each of its runs
     python results/campaign.py gpu --minutes 9                      # on a GPU: benchmark, presets gpu and paper; again until done
 
-Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/.
+Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/. What has ended is not
+run again, whatever has changed in flags or code since: remove its folder under runs/ first.
 """
 import argparse
 import json
