@@ -16,7 +16,7 @@ the first does on latents predicted t + 1 steps ahead is the measure: average pr
     python video_jepa.py --data glyphs                     # digits of a font: no files needed
     python video_jepa.py --preset paper --data moving-mnist    # the published recipe (arXiv 2602.03604) and file
 
-Preset cpu: mAP .67 in rounds, .63 from two true frames alone, after eleven minutes on 2 cores (MNIST, 10k digits; 3
+Preset cpu: mAP .68 in rounds, .64 from two true frames alone, after nine minutes on 2 cores (MNIST, 10k digits; 3
 seeds in results/); published, in rounds: .607 after 50 epochs on a GPU. It and preset gpu differ from the paper in
 latents of 8 x 8 places, a wider U-Net of two levels with max-pooling, LayerNorm, residual prediction, what is handed
 on, six rounds, centred places, Muon, a cosine schedule and fewer epochs; preset cpu also in short clips and small
