@@ -108,14 +108,14 @@ def draw_horizons(rows: dict[str, dict]) -> None:
     """results/video_jepa/recipe.png: what each choice changes, by the number of frames predicted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for n, (name, row) in enumerate(rows.items()):
         style = dict(marker="osD^v<>pX*"[n % 10], color=f"C{n % 10}", lw=2.5 if n == 0 else 1)
         axis.plot(range(1, 8), row["ap_rounds"], label=f"{name}: {row['map_rounds']:.2f}", **style)
     axis.set(xlabel="frames ahead", ylabel="average precision, in rounds")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, title="run: mAP", title_fontsize=7)
+    axis.legend(fontsize=8, title="run: mAP", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(ROOT / "results/video_jepa/recipe.png", dpi=110)
 
 
