@@ -809,8 +809,26 @@ def probe_encoder(encoder: nn.Module, images: Images) -> tuple[dict, Tensor, Ten
     return linear_probe(*arguments) | dict(knn_accuracy=near[200], knn20_accuracy=near[20]), z, z_test
 
 
+def save_examples(path: Path, cfg: Config, images: Images, batch: Batch, z: Tensor, z_test: Tensor) -> None:
+    """What results/draw.py needs: views, some test images with their nearest training images, features for a map."""
+    import numpy as np
+
+    as_bytes = lambda x: (255 * x).round().to(torch.uint8).cpu().numpy()
+    views = augment(batch.images, batch.augmentation, cfg.crop_size).unflatten(0, (cfg.views, -1))[:, :10]
+    whole = F.interpolate(batch.images[:10].float() / 255, views.shape[-2:], mode="area")
+    spread = lambda n: torch.arange(0, len(z_test), max(1, len(z_test) // n), device=z_test.device)
+    some, shown = spread(8)[:8], spread(1000)  # a folder is sorted by class
+    similarity = F.normalize(z_test[some], dim=1) @ F.normalize(z, dim=1).T
+    near = similarity.topk(min(9, len(z)), 1).indices
+    arrays = dict(views=as_bytes(torch.cat((whole[None], views))), classes=np.array(images.classes))
+    arrays |= dict(query=images.test[some].cpu().numpy(), query_label=images.test_label[some].cpu().numpy())
+    arrays |= dict(near=images.train[near].cpu().numpy(), near_label=images.train_label[near].cpu().numpy())
+    arrays |= dict(features=z_test[shown].half().cpu().numpy(), feature_label=images.test_label[shown].cpu().numpy())
+    np.savez_compressed(path, **arrays)
+
+
 def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: Path | None) -> dict:
-    """Probes of the trained and of the untrained encoder; figures, unless another process draws them (run_dir None).
+    """Probes of the trained and of the untrained encoder; examples.npz on the first process (elsewhere run_dir is None).
     -> what it adds to the summary."""
     begin = time.perf_counter()
     result, z, z_test = probe_encoder(model.encoder, images)
@@ -820,91 +838,8 @@ def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: P
     result["random_encoder_accuracy"] = untrained["linear_accuracy"]
     result["random_encoder_knn_accuracy"] = untrained["knn_accuracy"]
     if run_dir:
-        draw_curves(run_dir)
-        draw_views(run_dir / "views.png", cfg, batch)
-        draw_neighbours(run_dir / "neighbours.png", images, z, z_test)
-        stop_if_asked()
-        draw_map(run_dir / "map.png", images, z_test)
+        save_examples(run_dir / "examples.npz", cfg, images, batch, z, z_test)
     return result | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
-
-
-# ---------------------------------------------------------------------------------------------------------- figures
-def figure_of(rows: int, columns: int, width: float, height: float):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def draw_lines(path: Path, panels: list[tuple]) -> None:
-    """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
-    for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for label, x, y, style in lines:
-            axis.plot(x, y, style, label=label, lw=1.5)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the lines
-    figure.savefig(path, dpi=110)
-
-
-def draw_curves(run_dir: Path) -> None:
-    """curves.png: loss terms, collapse meter, effective rank against the step."""
-    log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    x, step = [r["step"] for r in log], "optimiser step"
-    lines = lambda *names: [(name, x, [r[name] for r in log], "-") for name in names if max(r[name] for r in log) > 0]
-    panels = [(step, "loss term", "log", lines(*TERMS)), (step, "collapse meter", "linear", lines(*METER))]
-    draw_lines(run_dir / "curves.png", [*panels, (step, "effective rank", "linear", lines("effective_rank"))])
-
-
-def draw_sheet(path: Path, rows: list[list[tuple[Tensor, str, str]]]) -> None:
-    """Rows of pictures [3, H, W] with their titles and the titles' colours."""
-    figure, axes = figure_of(len(rows), len(rows[0]), len(rows[0]), 1.15 * len(rows))
-    for axis, (picture, title, colour) in zip(axes.flat, (cell for row in rows for cell in row)):
-        axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axis.set_axis_off()
-        axis.set_title(title, fontsize=7, pad=2, color=colour)
-    figure.savefig(path, dpi=110)
-
-
-def draw_views(path: Path, cfg: Config, batch: Batch, shown: int = 10) -> None:
-    """What the encoder sees: images, and below each its views."""
-    views = augment(batch.images, batch.augmentation, cfg.crop_size).unflatten(0, (cfg.views, -1))
-    rows = [("image", batch.images), *((f"view {v + 1}", view) for v, view in enumerate(views))]
-    draw_sheet(path, [[(x, name if n == 0 else "", "black") for n, x in enumerate(row[:shown])] for name, row in rows])
-
-
-def draw_neighbours(path: Path, images: Images, z: Tensor, z_test: Tensor, rows: int = 8, near: int = 9) -> None:
-    """Some test images and the training images nearest to them in feature space; wrong classes in orange."""
-    some = torch.arange(0, len(z_test), max(1, len(z_test) // rows), device=z.device)[:rows]
-    index = (F.normalize(z_test[some], dim=1) @ F.normalize(z, dim=1).T).topk(min(near, len(z)), 1).indices
-    name = lambda label: images.classes[label]
-    sheet = []
-    for n, neighbours in zip(some, index):
-        truth, found = images.test_label[n], images.train_label[neighbours]
-        colours = ["black" if label == truth else "#d55e00" for label in found]
-        cells = zip(images.train[neighbours], map(name, found), colours)
-        sheet.append([(images.test[n], "test: " + name(truth), "black"), *cells])
-    draw_sheet(path, sheet)
-
-
-def draw_map(path: Path, images: Images, z_test: Tensor, points: int = 1000) -> None:
-    """t-SNE of test features, one colour and marker a class."""
-    from sklearn.manifold import TSNE
-
-    some = torch.arange(0, len(z_test), max(1, len(z_test) // points), device=z_test.device)  # a folder is sorted
-    tsne = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(some) - 1) / 3), random_state=0)
-    place, label = tsne.fit_transform(z_test[some].cpu().numpy()), images.test_label[some].cpu()
-    figure, axes = figure_of(1, 1, 7.5, 6)
-    for k, name in enumerate(images.classes):
-        marker = "osD^v"[(k // 2 + k // 10) % 5]  # with ten colours: fifty pairs
-        style = dict(s=12, marker=marker, color=f"C{k % 10}", alpha=0.75, lw=0)
-        axes[0, 0].scatter(*place[(label == k).numpy()].T, label=name, **style)
-    axes[0, 0].set_axis_off()
-    axes[0, 0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
 
 
 # ------------------------------------------------------------------------------------------- checkpoint and logging
@@ -1327,7 +1262,7 @@ def train(cfg: Config) -> dict:
     seconds, warmup_seconds = fit(cfg, model, optimizer, batches, steps, start, seconds, run_dir, say)
     done = min(steps, cfg.max_steps or steps)
     summary = dict(
-        preset=cfg.preset, seed=cfg.seed, data=cfg.data, loss=cfg.loss, steps=done,
+        script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, loss=cfg.loss, steps=done,
         epochs=round(done / batches.per_epoch, 3), parameters=parameters, device=describe(device),
         torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
         images_per_second=round(done * cfg.batch_size * cfg.views / max(seconds, 1e-9), 1),

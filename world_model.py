@@ -984,141 +984,6 @@ def evaluate_planning(model: WorldModel, cfg: Config, device: torch.device) -> t
     ), runs
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
-BLUE, ORANGE, RED, GREY = (0, 114, 178), (230, 159, 0), (213, 94, 0), (120, 120, 120)  # Okabe-Ito, colour-blind safe
-
-
-def paint(position: Tensor, goal: Tensor | None, layout: Layout) -> Tensor:
-    """RGB pictures [N, 65, 65, 3] uint8 of positions [N, 2]: walls grey, dot blue, goal orange, on white."""
-    dot, walls = (render(position[:, None], layout)[:, 0].float() / 255).unbind(1)
-    picture = torch.full((*walls.shape, 3), 255.0, device=position.device)
-    layers = [(walls, GREY), (dot, BLUE)]
-    if goal is not None:
-        layers.insert(1, (render(goal[:, None], layout)[:, 0, 0].float() / 255, ORANGE))
-    for mask, colour in layers:
-        picture = picture + mask[..., None] * (torch.tensor(colour, device=position.device) - picture)
-    return picture.round().to(torch.uint8)
-
-
-def tile(pictures: Tensor, scale: int, columns: int):
-    """Pictures [N, 65, 65, 3] -> one PIL image, enlarged, in rows of `columns`."""
-    from PIL import Image
-
-    N, H, W, _ = pictures.shape
-    sheet = Image.new("RGB", (columns * W * scale, math.ceil(N / columns) * H * scale), "white")
-    for n, picture in enumerate(pictures):
-        big = Image.fromarray(picture.numpy()).resize((W * scale, H * scale), Image.NEAREST)
-        sheet.paste(big, (n % columns * W * scale, n // columns * H * scale))
-    return sheet
-
-
-def draw_episodes(path: Path, run: Episodes, scale: int = 4, columns: int = 3) -> None:
-    """GIF of the first tasks: dot (blue), goal (orange), the way so far (blue line), the plan (red points)."""
-    from PIL import ImageDraw
-
-    shown, frames = len(run.plans[0]), []
-    layout = Layout(*(x[:shown] for x in run.layout))
-    # end a little after the last of them is through
-    near = run.near()[:shown]
-    end = min(len(run.plans), max(20, max(n.int().argmax().item() if n.any() else len(n) for n in near) + 15))
-    for t in range(0, end, 1 if end <= 80 else 2):
-        sheet = tile(paint(run.position[:shown, t], run.goal[:shown], layout), scale, columns)
-        pen = ImageDraw.Draw(sheet)
-        for n in range(shown):
-            at = lambda p: tuple(((p + 0.5 + SIZE * torch.tensor([n % columns, n // columns])) * scale).tolist())
-            pen.line([at(p) for p in run.position[n, : t + 1]], fill=BLUE, width=2)
-            for p in run.plans[t][n]:
-                x, y = at(p)
-                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=RED)
-            x, y = at(run.goal[n])
-            r = SUCCESS_PX * scale
-            pen.ellipse((x - r, y - r, x + r, y + r), outline=ORANGE, width=2)
-            reached = "  at goal" if near[n, t] else ""
-            pen.text(at(torch.tensor([1.0, 0.0])), f"task {n}  step {t}{reached}", fill="black")
-        frames.append(sheet.quantize(64))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [1500], loop=0)
-
-
-def draw_unroll(path: Path, data: Trajectories, decoded: Tensor, scale: int = 3) -> None:
-    """GIF: above, true trajectories; below, what the probe reads from latents predicted from the first frame on."""
-    from PIL import ImageDraw
-
-    frames = []
-    for t in range(decoded.shape[1]):
-        x, y, wall_x, door_y = decoded[:, t].unbind(1)
-        dream = paint(torch.stack((x, y), 1), None, Layout(wall_x.round(), door_y.round()))
-        sheet = tile(torch.cat((paint(data.position[:, t], None, data.layout), dream)), scale, len(dream))
-        pen = ImageDraw.Draw(sheet)
-        for n in range(len(dream)):
-            off = (decoded[n, t, :2] - data.position[n, t]).norm().item()
-            pen.text((n * SIZE * scale + 4, 0), f"truth, step {t}", fill="black")
-            pen.text((n * SIZE * scale + 4, SIZE * scale), f"predicted, {off:.1f} px off", fill="black")
-        frames.append(sheet.quantize(64))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=120, loop=0)
-
-
-def draw_map(path: Path, run: Episodes, most: int = 16) -> None:
-    """Ways taken, successes above and failures below."""
-    from matplotlib.figure import Figure
-
-    good = run.near()[:, -1]
-    groups = [group for group in ((good, "reached the goal", BLUE), (~good, "failed", RED)) if group[0].any()]
-    rows = [math.ceil(min(most, int(which.sum())) / 8) for which, _, _ in groups]
-    figure = Figure(figsize=(12, 1.75 * sum(rows) + 0.6), layout="constrained")
-    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for part, n_rows, (which, name, colour) in zip(parts, rows, groups):
-        tasks, count = which.nonzero()[:, 0][:most], int(which.sum())
-        part.suptitle(f"{name}: {count} of {len(good)} tasks" + (f", {most} shown" if count > most else ""))
-        axes = list(part.subplots(n_rows, 8, squeeze=False).flat)
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, n in zip(axes, tasks.tolist()):
-            layout = Layout(*(x[n : n + 1] for x in run.layout))
-            axis.imshow(paint(run.position[n, :1], run.goal[n : n + 1], layout)[0].numpy())
-            axis.plot(*run.position[n].T.numpy(), color=[c / 255 for c in colour], lw=1)
-            axis.plot(*run.position[n, -1].numpy(), "x", color="black", ms=5)
-            axis.set_title(f"task {n}", fontsize=7, pad=1)
-    figure.savefig(path, dpi=110)
-
-
-def draw_lines(path: Path, panels: list[tuple]) -> None:
-    """Panels side by side, each (label of x, label of y, scale of y, [(label, x, y, style), ...])."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
-    for axis, (xlabel, ylabel, scale, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for label, x, y, style in lines:
-            axis.plot(x, y, style, label=label, lw=1.5)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the lines
-    figure.savefig(path, dpi=110)
-
-
-def draw_curves(run_dir: Path) -> None:
-    """curves.png: loss terms, collapse meter, effective rank against the step."""
-    log = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    x, step = [r["step"] for r in log], "optimiser step"
-    lines = lambda *names: [(name, x, [r[name] for r in log], "-") for name in names if max(r[name] for r in log) > 0]
-    panels = [(step, "loss term", "log", lines(*TERMS)), (step, "collapse meter", "linear", lines(*METER))]
-    draw_lines(run_dir / "curves.png", [*panels, (step, "effective rank", "linear", lines("effective_rank"))])
-
-
-def draw_results(run_dir: Path, unroll: dict, runs: dict[str, Episodes]) -> None:
-    """unroll.png (error against horizon) and success.png (success against step)."""
-    x = range(1, len(unroll["position_error_px"]) + 1)
-    pair = lambda name, copy: [("predicted", x, unroll[name], "-"), ("copy of the first frame", x, unroll[copy], "--")]
-    horizon, px = "steps predicted open-loop", pair("position_error_px", "copy_error_px")
-    panels = [(horizon, "position error (px)", "linear", px)]
-    panels += [(horizon, "latent error (mean square)", "linear", pair("latent_error", "copy_latent_error"))]
-    draw_lines(run_dir / "unroll.png", panels)
-    if runs:
-        reached = {name: (100 * run.near().float().mean(0)).tolist() for name, run in runs.items()}
-        styles = dict(agent="-", straight="--", random=":")
-        lines = [(name, range(len(y)), y, styles[name]) for name, y in reached.items()]
-        draw_lines(run_dir / "success.png", [("environment step", "within 4.5 px of the goal (%)", "linear", lines)])
-
-
 # ------------------------------------------------------------------------------------------- checkpoint and logging
 FORMAT = f"nanojepa/{SCRIPT}/1"
 ADVICE = "the last checkpoint, if any, is kept; try a smaller --lr"
@@ -1524,7 +1389,7 @@ def train(cfg: Config) -> dict:
     seconds, warmup_seconds = fit(cfg, model, optimizer, clips, cfg.steps, start, seconds, run_dir, say)
     done = min(cfg.steps, cfg.max_steps or cfg.steps)
     summary = dict(
-        preset=cfg.preset, seed=cfg.seed, steps=done, parameters=parameters, device=describe(device),
+        script=SCRIPT, preset=cfg.preset, seed=cfg.seed, steps=done, parameters=parameters, device=describe(device),
         torch=torch.__version__, train_seconds=round(seconds, 1), warmup_seconds=round(warmup_seconds, 1),
         clips_per_second=round(done * cfg.batch_size / max(seconds, 1e-9), 1),
     )  # fmt: skip
@@ -1544,8 +1409,24 @@ def train(cfg: Config) -> dict:
     return summary
 
 
+def save_examples(path: Path, example: Trajectories, decoded: Tensor, runs: dict[str, Episodes]) -> None:
+    """What results/draw.py needs: trajectories and what is read from their prediction; the episodes of the agent."""
+    import numpy as np
+
+    room = lambda layout: torch.stack(tuple(layout), 1)  # [N, 2] wall x, door y
+    arrays = dict(unroll_position=example.position, unroll_wall=room(example.layout), unroll_read=decoded)
+    if runs:
+        agent = runs["agent"]
+        arrays |= dict(position=agent.position, goal=agent.goal, wall=room(agent.layout))
+        plans = torch.full((len(agent.plans), *agent.plans[0].shape[:1], max(p.shape[1] for p in agent.plans), 2), torch.nan)
+        for t, plan in enumerate(agent.plans):
+            plans[t, :, : plan.shape[1]] = plan
+        arrays |= dict(plans=plans) | {f"near_{k}": 100 * run.near().float().mean(0) for k, run in runs.items()}
+    np.savez_compressed(path, **{name: array.float().cpu().numpy() for name, array in arrays.items()})
+
+
 def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path | None) -> dict:
-    """Unrolling, planning; figures, unless another process draws them (run_dir None). -> what the summary gains."""
+    """Unrolling, planning; examples.npz on the first process (elsewhere run_dir is None). -> what the summary gains."""
     begin = time.perf_counter()
     unroll = evaluate_unroll(model, cfg, device)
     stop_if_asked()
@@ -1556,12 +1437,7 @@ def evaluate(model: WorldModel, cfg: Config, device: torch.device, run_dir: Path
     planning, runs = evaluate_planning(model, cfg, device) if cfg.episodes else ({}, {})
     result |= planning | dict(evaluation_seconds=round(time.perf_counter() - begin, 1))
     if run_dir:
-        draw_curves(run_dir)
-        draw_results(run_dir, unroll, runs)
-        draw_unroll(run_dir / "unroll.gif", example, decoded)
-    if run_dir and runs:
-        draw_map(run_dir / "map.png", runs["agent"])
-        draw_episodes(run_dir / "episodes.gif", runs["agent"])
+        save_examples(run_dir / "examples.npz", example, decoded, runs)
     return result
 
 
