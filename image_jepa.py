@@ -18,6 +18,7 @@ in results/). Published, 300 epochs of ResNet-18 on a GPU: 90.1 % (VICReg), 91.0
 smaller views, a slim network, a larger variance weight, and Muon in place of LARS. From "checkpoint and logging" on all
 scripts are nearly the same.
 """
+
 import argparse
 import contextlib
 import dataclasses

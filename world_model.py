@@ -30,6 +30,7 @@ Preset cpu: 96-100 % of 100 tasks after 14 minutes on 2 cores (3 seeds, results/
     python world_model.py --preset paper        # the published sizes, losses and planner
     python world_model.py --ablate variance     # see what a term is for
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -1418,7 +1419,9 @@ def save_examples(path: Path, example: Trajectories, decoded: Tensor, runs: dict
     if runs:
         agent = runs["agent"]
         arrays |= dict(position=agent.position, goal=agent.goal, wall=room(agent.layout))
-        plans = torch.full((len(agent.plans), *agent.plans[0].shape[:1], max(p.shape[1] for p in agent.plans), 2), torch.nan)
+        plans = torch.full(
+            (len(agent.plans), *agent.plans[0].shape[:1], max(p.shape[1] for p in agent.plans), 2), torch.nan
+        )
         for t, plan in enumerate(agent.plans):
             plans[t, :, : plan.shape[1]] = plan
         arrays |= dict(plans=plans) | {f"near_{k}": 100 * run.near().float().mean(0) for k, run in runs.items()}

@@ -3,6 +3,7 @@
 Each file holds the formula, a PyTorch function (the path on CPU and MPS, and in float64) and Triton kernels behind a
 registered op (the path on NVIDIA GPUs). `use_triton` overrides the choice; `python -m kernels.bench` times both.
 """
+
 from kernels.dispatch import use_triton
 from kernels.rollout import gru_rollout_cost
 from kernels.sigreg import sigreg_loss

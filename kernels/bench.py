@@ -5,6 +5,7 @@ on CUDA a graph of all steps) and ours (a rollout on CUDA also as a graph). Each
 and gradient; what fails is not timed. Warm-up and compilation stand apart. The share is of what this machine reaches
 itself in a large product and a large copy, whichever of the two bounds the work. Without CUDA this times the CPU paths.
 """
+
 import argparse
 import json
 import platform
@@ -102,6 +103,7 @@ def rollout_case(E: int, S: int, H: int, D: int, device: torch.device) -> Case:
         def run():
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 return function()
+
         return run
 
     def step(action, h, goal):

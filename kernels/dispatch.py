@@ -1,4 +1,5 @@
 """Which path computes: Triton kernels on NVIDIA GPUs, plain PyTorch everywhere else."""
+
 import contextlib
 import functools
 import warnings

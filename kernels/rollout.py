@@ -23,6 +23,7 @@ graph takes one launch and writes none. Without a graph its H launches cost the 
 graph of the compiled loop may well be faster then. All this is estimated: launch constants and the choice between the
 ways are untuned, no GPU at hand.
 """
+
 from __future__ import annotations
 
 import torch

@@ -7,6 +7,7 @@
 Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/. What has ended is not
 run again, whatever has changed in flags or code since: remove its folder under runs/ first.
 """
+
 import argparse
 import json
 import shutil
@@ -115,7 +116,9 @@ def draw_horizons(rows: dict[str, dict]) -> None:
         axis.plot(range(1, 8), row["ap_rounds"], label=f"{name}: {row['map_rounds']:.2f}", **style)
     axis.set(xlabel="frames ahead", ylabel="average precision, in rounds")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="run: mAP", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.legend(
+        fontsize=8, title="run: mAP", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )
     figure.savefig(ROOT / "results/video_jepa/recipe.png", dpi=110)
 
 

@@ -1,4 +1,5 @@
 """results/overview.png, the README's first picture, from figures of runs that lie in results/."""
+
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont

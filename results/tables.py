@@ -1,8 +1,9 @@
 """The README's tables from the summaries in results/, so that no figure is typed by hand.
 
-    python results/tables.py --readme          # write them into README.md
-    python results/tables.py runs/a runs/b     # print a table of these run folders
+python results/tables.py --readme          # write them into README.md
+python results/tables.py runs/a runs/b     # print a table of these run folders
 """
+
 import json
 import statistics
 import sys
@@ -91,14 +92,19 @@ def table(script: str) -> str:
 
 def kernels() -> str:
     """Milliseconds of results/kernels/*.json: as usually written, compiled, ours."""
-    lines = ["| kernel, size | hardware | eager, ms | torch.compile, ms | ours, ms | eager / ours |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel, size | hardware | eager, ms | torch.compile, ms | ours, ms | eager / ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for path in sorted((ROOT / "results/kernels").glob("*.json")):
         bench = json.loads(path.read_text())
         for r in bench["rows"]:
             ms = {way: entry["both"]["median"] for way, entry in r["ways"].items() if "both" in entry}
             cells = [f"{ms[way]:.3g}" if way in ms else "" for way in ("eager", "compiled", "ours")]
             ratio = f"{ms['eager'] / ms['ours']:.1f}"
-            lines.append(f"| `{r['kernel']}` {r['size']} ({r['unit']}) | {bench['device']} | {' | '.join(cells)} | {ratio} |")
+            lines.append(
+                f"| `{r['kernel']}` {r['size']} ({r['unit']}) | {bench['device']} | {' | '.join(cells)} | {ratio} |"
+            )
     return "\n".join(lines)
 
 

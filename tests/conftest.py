@@ -1,4 +1,5 @@
 """Under pytest-xdist (`make test` runs two tests at a time) every test, and every process that it starts, has one core."""
+
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:

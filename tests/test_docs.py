@@ -1,4 +1,5 @@
 """README, Makefile, presets and results agree."""
+
 import ast
 import dataclasses
 import inspect
@@ -34,7 +35,9 @@ def test_tables_are_those_of_the_results():
 
 
 def test_every_command_flag_and_path_exists():
-    code = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
+    code = (
+        "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", README))
+    )
     targets = set(re.findall(r"^([a-z_]+):", MAKEFILE, re.M))
     assert (wanted := set(re.findall(r"make ([a-z_]+)", code))) and wanted <= targets
     fields = {f.name.replace("_", "-") for script in (wm, ij, vj) for f in dataclasses.fields(script.Config)}
@@ -42,7 +45,11 @@ def test_every_command_flag_and_path_exists():
     assert flags <= fields | {"help", "nproc_per_node", "nnodes", "node_rank", "rdzv-endpoint"}, flags - fields
     for script in (wm, ij, vj):  # each flag is one of the script that it stands behind
         lines = re.findall(rf"^(?:python|torchrun .*?) {script.SCRIPT}\.py(.*)", code, re.M)
-        assert lines and all(script.parse(["--preset", "cpu", *shlex.split(line, comments=True)]) for line in lines if "--resume" not in line)
+        assert lines and all(
+            script.parse(["--preset", "cpu", *shlex.split(line, comments=True)])
+            for line in lines
+            if "--resume" not in line
+        )
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
@@ -54,15 +61,22 @@ def test_presets_and_fields_have_no_dead_names(script):
     for name, values in script.PRESETS.items():
         assert set(values) <= fields, name
     tree = ast.parse((ROOT / f"{script.SCRIPT}.py").read_text())
-    used = [part for part in tree.body if getattr(part, "name", "") not in ("check", "restore")]  # these look at all fields
+    used = [
+        part for part in tree.body if getattr(part, "name", "") not in ("check", "restore")
+    ]  # these look at all fields
     read = {n.attr for part in used for n in ast.walk(part) if isinstance(n, ast.Attribute)}
     assert fields <= read, fields - read
 
 
 @scripts
 def test_help_shows_every_field_with_its_meaning(script):
-    shown = subprocess.run([sys.executable, f"{script.SCRIPT}.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    words, meanings = re.sub(r"[\s│]+", " ", shown), re.findall(r"^    (\w+): .*?  # (.+)", inspect.getsource(script.Config), re.M)
+    shown = subprocess.run(
+        [sys.executable, f"{script.SCRIPT}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    words, meanings = (
+        re.sub(r"[\s│]+", " ", shown),
+        re.findall(r"^    (\w+): .*?  # (.+)", inspect.getsource(script.Config), re.M),
+    )
     assert [name for name, _ in meanings] == [field.name for field in dataclasses.fields(script.Config)]
     for name, meaning in meanings:
         flag = "--" + name.replace("_", "-")
@@ -83,7 +97,11 @@ def test_importing_does_nothing(script):
 
 def test_make_lists_its_targets():
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(f"make {target} " in shown for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split() if target != "help")
+    assert all(
+        f"make {target} " in shown
+        for target in re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)[0].split()
+        if target != "help"
+    )
 
 
 def trained(script, folder: Path, **more) -> str:
@@ -140,7 +158,16 @@ def test_the_experiment_applies_and_trains(tmp_path):
     assert source.count(lines(" -")) == 1
     (tmp_path / "edited.py").write_text(source.replace(lines(" -"), lines(" +")))
     (flags,) = re.findall(r"`python image_jepa.py (--epochs 0.6 .*?)`", README)
-    flags = ["--preset", "smoke", *flags.split(), "--no-evaluate", "--run-dir", str(tmp_path / "run"), "--max-steps", "40"]
+    flags = [
+        "--preset",
+        "smoke",
+        *flags.split(),
+        "--no-evaluate",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "40",
+    ]
     command = [sys.executable, tmp_path / "edited.py", *flags, "--log-every", "20"]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

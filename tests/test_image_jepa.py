@@ -1,4 +1,5 @@
 """image_jepa.py: data, augmentation, networks, losses, optimisers, probes, and that it learns."""
+
 import dataclasses
 import json
 import math
@@ -29,16 +30,29 @@ def folder(tmp_path):
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / "set" / part / name).mkdir(parents=True)
-            for n, (mode, size) in enumerate([("RGB", (40, 30)), ("L", (32, 32)), ("RGBA", (20, 20)), ("RGB", (8, 64)), ("P", (33, 31)), ("RGB", (32, 32))]):
+            for n, (mode, size) in enumerate(
+                [
+                    ("RGB", (40, 30)),
+                    ("L", (32, 32)),
+                    ("RGBA", (20, 20)),
+                    ("RGB", (8, 64)),
+                    ("P", (33, 31)),
+                    ("RGB", (32, 32)),
+                ]
+            ):
                 pixels = rng.integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
-                Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode).save(tmp_path / "set" / part / name / f"{n}.png")
+                Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode).save(
+                    tmp_path / "set" / part / name / f"{n}.png"
+                )
     return tmp_path / "set"
 
 
 # ------------------------------------------------------------------------------------------------------------- data
 def test_image_folder_reads_every_kind_of_file_and_keeps_the_result(folder, monkeypatch):
     images = ij.image_folder(folder, 32)
-    assert images.classes == ["cat", "dog"] and images.train.shape == (12, 3, 32, 32) and images.train.dtype == torch.uint8
+    assert (
+        images.classes == ["cat", "dog"] and images.train.shape == (12, 3, 32, 32) and images.train.dtype == torch.uint8
+    )
     assert images.train_label.tolist() == [0] * 6 + [1] * 6 == images.test_label.tolist()
     exact = torch.from_numpy(np.array(Image.open(folder / "train/dog/5.png"))).permute(2, 0, 1)
     assert torch.equal(images.train[11], exact)  # 32 x 32 already: untouched
@@ -67,7 +81,10 @@ def test_image_folder_notices_changes_and_a_damaged_cache(folder):
     "damage,said",
     [
         (lambda d: (d / "train/cat/3.png").write_bytes(b"no image"), "train/cat/3.png is not a readable image"),
-        (lambda d: (d / "train/cat/3.png").write_bytes((d / "train/cat/0.png").read_bytes()[:100]), "3.png is not a readable image"),
+        (
+            lambda d: (d / "train/cat/3.png").write_bytes((d / "train/cat/0.png").read_bytes()[:100]),
+            "3.png is not a readable image",
+        ),
         (lambda d: shutil.rmtree(d / "test/dog"), "only one of train and test has class dog"),
         (lambda d: [p.unlink() for p in (d / "test/dog").iterdir()], "no valid file for the classes dog"),
         (lambda d: shutil.rmtree(d / "test"), "neither cifar10 nor shapes nor a folder"),
@@ -143,7 +160,9 @@ def test_augmentation_equals_torchvision_image_by_image(size, out, views):
         x = TF.rgb_to_grayscale(x, num_output_channels=3) if a.grey[n] else x
         x = TF.solarize(x, 0.5) if a.solarise[n] else x
         off = (ours[n] - x).abs()
-        assert off.median() < 1e-5 and (off > 1e-3).float().mean() < 0.002, n  # a value at the edge of solarising may go either way
+        assert off.median() < 1e-5 and (off > 1e-3).float().mean() < 0.002, (
+            n
+        )  # a value at the edge of solarising may go either way
 
 
 def test_augmentation_follows_its_laws():
@@ -151,9 +170,15 @@ def test_augmentation_follows_its_laws():
     cfg = preset("paper", jitter=0.5)
     a = ij.draw_augmentation(cfg, n, size, torch.Generator().manual_seed(0))
     top, left, height, width = a.box.unbind(1)
-    assert (a.box == a.box.round()).all() and min(top.min(), left.min()) >= 0 and max((top + height).max(), (left + width).max()) <= size
+    assert (
+        (a.box == a.box.round()).all()
+        and min(top.min(), left.min()) >= 0
+        and max((top + height).max(), (left + width).max()) <= size
+    )
     share = height * width / size**2
-    assert abs(share.mean() - 0.57) < 0.02 and share.min() > 0.17 and share.max() <= 1  # torchvision's: 0.573 over 40,000 draws
+    assert (
+        abs(share.mean() - 0.57) < 0.02 and share.min() > 0.17 and share.max() <= 1
+    )  # torchvision's: 0.573 over 40,000 draws
     ratio = (width / height).log()
     assert abs(ratio.mean()) < 0.01 and ratio.abs().max() < math.log(4 / 3) + 0.15
     assert (a.order.sort(1).values == torch.arange(4)).all()
@@ -180,7 +205,9 @@ def test_small_crops_lie_anywhere_in_any_shape_and_nothing_depends_on_another():
     for border in (0, room):
         assert ((corner == border).float().mean(0) - (1 / (room + 1)).mean(0)).abs().max() < 0.006
     ratio = (sides[:, 1] / sides[:, 0]).log()
-    assert abs(ratio.mean()) < 0.01 and abs(ratio.abs().mean() - math.log(4 / 3) / 2) < 0.005  # uniform in the logarithm
+    assert (
+        abs(ratio.mean()) < 0.01 and abs(ratio.abs().mean() - math.log(4 / 3) / 2) < 0.005
+    )  # uniform in the logarithm
     drawn = torch.cat((corner / room, ratio[:, None], a.factor, torch.stack((a.flip, a.grey, a.solarise), 1)), 1)
     assert (torch.corrcoef(drawn.T) - torch.eye(10)).abs().max() < 0.025
 
@@ -191,7 +218,10 @@ def test_batches_are_a_function_of_seed_and_step_and_pass_over_every_image():
     one, other = ij.Batches(cfg, images, 64), ij.Batches(cfg, images, 64)
     other(7)
     for step in (3, 7, 0):
-        for a, b in zip((x for x in one(step) if isinstance(x, torch.Tensor)), (x for x in other(step) if isinstance(x, torch.Tensor))):
+        for a, b in zip(
+            (x for x in one(step) if isinstance(x, torch.Tensor)),
+            (x for x in other(step) if isinstance(x, torch.Tensor)),
+        ):
             assert torch.equal(a, b)
         assert all(torch.equal(a, b) for a, b in zip(one(step).augmentation, other(step).augmentation))
     seen = torch.cat([one(s).images for s in range(5)]).flatten(1).unique(dim=0)
@@ -215,7 +245,11 @@ def test_resnet18_is_torchvisions_with_the_stem_for_small_images():
     from torchvision.models import resnet18
 
     ours, theirs = ij.ResNet("resnet18", 64).eval(), resnet18()
-    theirs.conv1, theirs.maxpool, theirs.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity(), torch.nn.Identity()
+    theirs.conv1, theirs.maxpool, theirs.fc = (
+        torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+    )
     assert sum(p.numel() for p in ours.parameters()) == 11_168_832
     weights = list(ours.state_dict().values())
     mine = dict(zip(["conv1", "bn1"], (ours.stem[0], ours.stem[1])))
@@ -231,7 +265,10 @@ def test_resnet18_is_torchvisions_with_the_stem_for_small_images():
     torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone,features,parameters", [("vit_s", 384, 21_374_976), ("vit_b", 768, 85_217_280), ("resnet18", 512, 11_168_832)])
+@pytest.mark.parametrize(
+    "backbone,features,parameters",
+    [("vit_s", 384, 21_374_976), ("vit_b", 768, 85_217_280), ("resnet18", 512, 11_168_832)],
+)
 def test_backbones_have_their_published_sizes(backbone, features, parameters):
     with torch.device("meta"):
         model = ij.Model(preset("paper", backbone=backbone), 10)
@@ -262,7 +299,9 @@ def test_vit_takes_images_of_another_size():
 def test_projector(loss, width, size):
     model = ij.Model(preset("paper", loss=loss, projector_width=width), 10)
     assert model.projections == size and model.projector(torch.randn(4, 512)).shape == (4, size)
-    assert [m.out_features for m in model.projector if isinstance(m, torch.nn.Linear)] == ([2048, 2048, size] if width else [])
+    assert [m.out_features for m in model.projector if isinstance(m, torch.nn.Linear)] == (
+        [2048, 2048, size] if width else []
+    )
     parameters = (512 + 1 + 2) * width + (width + 1 + 2) * width + (width + 1) * size if width else 0  # + 2: BatchNorm
     assert sum(p.numel() for p in model.projector.parameters()) == parameters
 
@@ -295,7 +334,9 @@ def test_the_loss_is_its_formula(loss):
     parts = 3 * invariance + probe
     if loss == "vicreg":
         each = [2 * torch.stack(ij.variance_covariance_loss(view)) for view in p]  # published: the sum over two views
-        torch.testing.assert_close(torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6
+        )
         parts, sigreg_is = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance, 0
         assert sigreg == 0
     else:
@@ -340,7 +381,10 @@ def test_muon_against_its_definition():
     matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 12), (6, 3, 2, 2), (12, 6))]  # two are alike
     vector = torch.nn.Parameter(torch.randn(5))
     twin = torch.nn.Parameter(vector.detach().clone())
-    groups = [dict(params=matrices, matrix=True, weight_decay=0.5), dict(params=[vector], matrix=False, weight_decay=0.0)]
+    groups = [
+        dict(params=matrices, matrix=True, weight_decay=0.5),
+        dict(params=[vector], matrix=False, weight_decay=0.0),
+    ]
     optimizer, adam = ij.Muon(groups, lr=0.1), torch.optim.Adam([twin], 0.01, (0.9, 0.98))
     gradients = [size * torch.randn_like(w) for size, w in zip((1, 1000, 1), matrices)]
     sums = [0, 0, 0]
@@ -361,7 +405,9 @@ def test_muon_against_its_definition():
             assert 0.6 < values.min() and values.max() < 1.3
 
 
-@pytest.mark.parametrize("optimizer,backbone", [("lars", "small"), ("adamw", "small"), ("muon", "small"), ("muon", "vit_s")])
+@pytest.mark.parametrize(
+    "optimizer,backbone", [("lars", "small"), ("adamw", "small"), ("muon", "small"), ("muon", "vit_s")]
+)
 def test_weight_decay_spares_biases_norms_and_places(optimizer, backbone):
     cfg = preset("smoke", optimizer=optimizer, backbone=backbone, weight_decay=0.1)
     with torch.device("meta" if backbone == "vit_s" else "cpu"):
@@ -377,7 +423,9 @@ def test_weight_decay_spares_biases_norms_and_places(optimizer, backbone):
 
 def test_learning_rate():
     cfg = preset("paper", lr=1.0, epochs=100, warmup_epochs=10)
-    assert [ij.learning_rate(cfg, s, 1000) for s in (0, 49, 99, 100, 550, 1000)] == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
+    assert [ij.learning_rate(cfg, s, 1000) for s in (0, 49, 99, 100, 550, 1000)] == pytest.approx(
+        [0.01, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -388,13 +436,17 @@ def test_linear_probe_converges_and_chooses_its_decay():
     z = (centre[y] + torch.randn(900, 8)) * torch.logspace(-3, 3, 8)  # scales differ a million times
     y_test = torch.randint(0, 3, (600,))
     z_test = (centre[y_test] + torch.randn(600, 8)) * torch.logspace(-3, 3, 8)
-    best = (torch.cdist(z_test / torch.logspace(-3, 3, 8), centre).argmin(1) == y_test).float().mean().item() * 100  # Bayes
+    best = (
+        torch.cdist(z_test / torch.logspace(-3, 3, 8), centre).argmin(1) == y_test
+    ).float().mean().item() * 100  # Bayes
     result = ij.linear_probe(z, y, z_test, y_test, 3)
     assert abs(result["linear_accuracy"] - best) < 2
     one_class = ij.linear_probe(z, y, z_test[y_test == 0], y_test[y_test == 0], 3)  # test data decide nothing
     assert one_class["linear_accuracy"] > 90 and one_class | {"linear_accuracy": 0} == result | {"linear_accuracy": 0}
     noise = ij.linear_probe(torch.randn(900, 200), y, torch.randn(600, 200), y_test, 3)
-    assert noise["probe_decay"] >= 1e-2 and noise["linear_accuracy"] < 45  # where there is nothing, the strong decay wins
+    assert (
+        noise["probe_decay"] >= 1e-2 and noise["linear_accuracy"] < 45
+    )  # where there is nothing, the strong decay wins
 
 
 def test_linear_probe_is_scikit_learns_on_all_training_images():
@@ -410,7 +462,12 @@ def test_linear_probe_is_scikit_learns_on_all_training_images():
 
 def test_knn_against_counting():
     torch.manual_seed(0)
-    z, y, z_test, y_test = torch.randn(300, 5), torch.randint(0, 4, (300,)), torch.randn(70, 5), torch.randint(0, 4, (70,))
+    z, y, z_test, y_test = (
+        torch.randn(300, 5),
+        torch.randint(0, 4, (300,)),
+        torch.randn(70, 5),
+        torch.randint(0, 4, (70,)),
+    )
     right = {k: 0 for k in (1, 20, 200)}
     for q, truth in zip(z_test, y_test):
         similar = F.cosine_similarity(q[None], z)
@@ -419,7 +476,9 @@ def test_knn_against_counting():
             for i in similar.argsort(descending=True)[:k]:
                 votes[y[i]] += math.exp(similar[i] / 0.07)
             right[k] += votes.index(max(votes)) == truth.item()
-    assert ij.knn(z, y, z_test, y_test, 4, tuple(right)) == pytest.approx({k: 100 * v / 70 for k, v in right.items()}, abs=0.01)
+    assert ij.knn(z, y, z_test, y_test, 4, tuple(right)) == pytest.approx(
+        {k: 100 * v / 70 for k, v in right.items()}, abs=0.01
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- whole commands
@@ -427,7 +486,12 @@ def test_knn_against_counting():
 def run(tmp_path_factory):
     """One smoke run of the command, as a person would start it."""
     path = tmp_path_factory.mktemp("image") / "run"
-    done = subprocess.run([sys.executable, "image_jepa.py", "--preset", "smoke", "--run-dir", str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "image_jepa.py", "--preset", "smoke", "--run-dir", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return path, done.stdout
 
@@ -459,7 +523,11 @@ def test_load_is_the_trained_encoder(run):
 @pytest.mark.parametrize("weight,flagged", [(0.1, True), (10.0, False)])
 def test_a_collapse_is_flagged(weight, flagged, tmp_path, capsys):
     """SIGReg of weight 0.1 is a failure of the published table."""
-    ij.train(preset("smoke", loss="sigreg", sigreg_weight=weight, max_steps=100, evaluate=False, run_dir=str(tmp_path / "run")))
+    ij.train(
+        preset(
+            "smoke", loss="sigreg", sigreg_weight=weight, max_steps=100, evaluate=False, run_dir=str(tmp_path / "run")
+        )
+    )
     log = [r for r in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" in r]
     assert ("collapsing" in capsys.readouterr().out) == flagged
     assert (log[-1]["projection_std"] < 0.1) == flagged

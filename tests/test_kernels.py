@@ -3,6 +3,7 @@
 The Triton code is interpreted (triton_cases.py) and compiled for GPUs that need not be there (triton_aot.py), each in a
 process of its own; the tests at the end run on a GPU.
 """
+
 import json
 import os
 import re
@@ -194,7 +195,6 @@ def test_written_out_gradients(name):
     gradient = lambda x: torch.autograd.grad(sum(losses(x)).double(), z)[0]
     exact = gradient(z)
     assert (gradient(z.bfloat16()) - exact).abs().max() < 0.03 * exact.abs().max()  # bf16 in, sums in float32
-
 
 
 def test_ops_equal_the_pytorch_path():

@@ -1,4 +1,5 @@
 """Resume, kills, damaged checkpoints and bad input, of every script: what a person sees, and that nothing is lost."""
+
 import dataclasses
 import inspect
 import io
@@ -242,7 +243,11 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script,flags,said", [(s, *case) for s in FAST for case in FLAGS] + [(wm, ["--ablate", "everything"], "ablate"), (ij, ["--loss", "l2"], "loss"), (vj, ["--data", "cats"], "data")])
+@pytest.mark.parametrize(
+    "script,flags,said",
+    [(s, *case) for s in FAST for case in FLAGS]
+    + [(wm, ["--ablate", "everything"], "ablate"), (ij, ["--loss", "l2"], "loss"), (vj, ["--data", "cats"], "data")],
+)
 def test_bad_flags_give_one_line(script, flags, said, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -303,7 +308,10 @@ def test_a_gradient_that_is_not_finite_is_never_saved(script, tmp_path, monkeypa
     assert checkpoint(tmp_path / "run")["step"] == 6
 
 
-@pytest.mark.parametrize("script,part,term", [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe"), (vj, "detector", "detection")])
+@pytest.mark.parametrize(
+    "script,part,term",
+    [(wm, "inverse_dynamics", "inverse_dynamics"), (ij, "probe", "probe"), (vj, "detector", "detection")],
+)
 def test_nan_is_named_and_the_checkpoint_kept(script, part, term, tmp_path, monkeypatch):
     folder, real, steps = tmp_path / "run", script.update, []
 
@@ -361,7 +369,11 @@ if dist.is_initialized():
 """
 
 
-@pytest.mark.parametrize("script,flags", [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch", centre_places=True))], ids=["world_model", "vicreg", "sigreg", "video_jepa"])
+@pytest.mark.parametrize(
+    "script,flags",
+    [(wm, {}), (ij, {}), (ij, dict(loss="sigreg")), (vj, dict(norm="batch", centre_places=True))],
+    ids=["world_model", "vicreg", "sigreg", "video_jepa"],
+)
 def test_two_processes_give_the_gradients_of_one(script, flags, tmp_path):
     (tmp_path / "grads.py").write_text(GRADIENTS)
     arguments = lambda out: [tmp_path / "grads.py", script.SCRIPT, tmp_path / out, repr(flags)]
@@ -381,8 +393,23 @@ EVALUATED = {  # a run with all of its evaluation, small
     vj: dict(batch_size=8, epochs=1, clips_per_epoch=192, validation_clips=230, **EVERY6),
 }
 FIGURES = {  # of summary.json
-    wm: ("success_rate", "success_rate_any", "failed_tasks", "random_success_rate", "position_error_px", "latent_error", "distance_error_px"),
-    ij: ("linear_accuracy", "knn_accuracy", "knn20_accuracy", "online_accuracy", "random_encoder_accuracy", "effective_rank"),
+    wm: (
+        "success_rate",
+        "success_rate_any",
+        "failed_tasks",
+        "random_success_rate",
+        "position_error_px",
+        "latent_error",
+        "distance_error_px",
+    ),
+    ij: (
+        "linear_accuracy",
+        "knn_accuracy",
+        "knn20_accuracy",
+        "online_accuracy",
+        "random_encoder_accuracy",
+        "effective_rank",
+    ),
     vj: ("map", "ap", "ap_rounds", "ap_copy_last", "ap_constant_velocity", "ap_true_frames", "effective_rank"),
 }
 
@@ -394,8 +421,17 @@ def test_a_run_moves_between_one_and_two_processes(script, tmp_path):
     config = lambda folder, **more: script.preset("smoke", **{**EVALUATED[script], "run_dir": str(folder), **more})
     off = dict(episodes=0) if script is wm else dict(evaluate=False)
     script.train(config(folder, max_steps=12, **off))
-    flags = ["--resume", "--run-dir", folder, "--max-steps", "18", *(["--episodes", "6"] if script is wm else ["--evaluate"])]
-    ended = subprocess.run([*LAUNCH, ROOT / f"{script.SCRIPT}.py", *flags], env=PROCESSES, capture_output=True, text=True)
+    flags = [
+        "--resume",
+        "--run-dir",
+        folder,
+        "--max-steps",
+        "18",
+        *(["--episodes", "6"] if script is wm else ["--evaluate"]),
+    ]
+    ended = subprocess.run(
+        [*LAUNCH, ROOT / f"{script.SCRIPT}.py", *flags], env=PROCESSES, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     two, threads = json.loads((folder / "summary.json").read_text()), torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two had
@@ -434,7 +470,9 @@ def test_processes_that_share_episodes_act_as_one(tmp_path):
     """Every position of every episode, also where one process has none to plan for."""
     (tmp_path / "plan.py").write_text(SHARED)
     for launch, out in (([sys.executable], "one.pt"), (LAUNCH, "two.pt")):
-        ended = subprocess.run([*launch, tmp_path / "plan.py", tmp_path / out], env=PROCESSES, capture_output=True, text=True)
+        ended = subprocess.run(
+            [*launch, tmp_path / "plan.py", tmp_path / out], env=PROCESSES, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
     for one, two in zip(*(torch.load(tmp_path / out) for out in ("one.pt", "two.pt")), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
@@ -443,7 +481,17 @@ def test_processes_that_share_episodes_act_as_one(tmp_path):
 
 def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path):
     folder = tmp_path / "run"
-    command = [*LAUNCH, ROOT / "world_model.py", "--preset", "smoke", *ENDLESS[wm], "--checkpoint-every", "5", "--run-dir", folder]
+    command = [
+        *LAUNCH,
+        ROOT / "world_model.py",
+        "--preset",
+        "smoke",
+        *ENDLESS[wm],
+        "--checkpoint-every",
+        "5",
+        "--run-dir",
+        folder,
+    ]
     run = subprocess.Popen(command, env=PROCESSES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until((folder / "previous.pt").exists, run)
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -453,10 +501,14 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_pa
     # torchrun asks the other to stop: it says which it noticed first, that or its broken connection
     said = "another process of this run has ended" in error or "stopped with the other processes" in error
     assert run.returncode and said and "go on with --resume" in error, error
-    assert "world_model.py\"" not in error  # no traceback of ours; torchrun reports in its own words
+    assert 'world_model.py"' not in error  # no traceback of ours; torchrun reports in its own words
     step = checkpoint(folder)["step"]
     assert step >= 10 and step % 5 == 0
-    wm.train(wm.preset("smoke", steps=4000, checkpoint_every=5, run_dir=str(folder), resume=True, max_steps=step + 1, episodes=0))
+    wm.train(
+        wm.preset(
+            "smoke", steps=4000, checkpoint_every=5, run_dir=str(folder), resume=True, max_steps=step + 1, episodes=0
+        )
+    )
     assert checkpoint(folder)["step"] == step + 1
 
 
@@ -505,7 +557,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(script, tmp_pa
     small.mkdir()
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in FAST[script].items() if name != "evaluate"]
     command = f"""mount -t tmpfs -o size={kilobytes}k none {small} || exit 99
-        {sys.executable} {ROOT}/{script.SCRIPT}.py --preset smoke {' '.join(flags)} --run-dir {small}/run
+        {sys.executable} {ROOT}/{script.SCRIPT}.py --preset smoke {" ".join(flags)} --run-dir {small}/run
         code=$?; cp -r {small}/run {kept}; exit $code"""
     ended = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True)
     if "unshare" in ended.stderr or ended.returncode == 99:
@@ -534,7 +586,11 @@ def test_long_runs_do_not_grow(script, tmp_path, monkeypatch):
         real(run_dir, cfg, step, *rest)
 
     monkeypatch.setattr(script, "log_step", spy)
-    small = {wm: dict(steps=2000, batch_size=4), ij: dict(batch_size=4, epochs=1, crop_size=16), vj: dict(epochs=1, batch_size=1, clips_per_epoch=2000, frames=4, rollout=1)}
+    small = {
+        wm: dict(steps=2000, batch_size=4),
+        ij: dict(batch_size=4, epochs=1, crop_size=16),
+        vj: dict(epochs=1, batch_size=1, clips_per_epoch=2000, frames=4, rollout=1),
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors: faster so
     script.train(fast(script, tmp_path / "run", **{**small[script], "log_every": 100, "checkpoint_every": 200}))
@@ -554,7 +610,9 @@ VALUES = st.one_of(
 @given(data=st.data())
 def test_any_command_line_is_taken_or_refused_in_one_line(script, data):
     names = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(script.Config)]
-    flags = data.draw(st.lists(st.tuples(st.sampled_from([*names, "--no-compile", "--", "-x", "word"]), VALUES), max_size=4))
+    flags = data.draw(
+        st.lists(st.tuples(st.sampled_from([*names, "--no-compile", "--", "-x", "word"]), VALUES), max_size=4)
+    )
     argv = [part for flag in flags for part in flag if part != ""]
     try:
         assert isinstance(script.check(script.parse(["--preset", "smoke", *argv])), script.Config)
@@ -595,7 +653,9 @@ def test_any_damage_to_a_checkpoint_is_refused_in_one_line_or_harmless(script, d
 def test_a_checkpoint_with_other_content_is_refused_in_one_line(script, data, sound, tmp_path_factory):
     """Sound files whose content is not what it should be: parts missing, of another type, other settings."""
     state = torch.load(io.BytesIO(sound[script]), weights_only=True)
-    junk = st.one_of(st.none(), st.integers(-2, 70), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3))
+    junk = st.one_of(
+        st.none(), st.integers(-2, 70), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3)
+    )
     where = state["config"] if data.draw(st.booleans()) else state
     key = data.draw(st.sampled_from(sorted(where)))
     if data.draw(st.booleans()):

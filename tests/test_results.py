@@ -1,4 +1,5 @@
 """The commands that fill results/."""
+
 import json
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def test_a_run_stopped_in_the_middle_goes_on_from_its_checkpoint(tmp_path, monke
 
     folder = tmp_path / "run"
     flags = ["--preset", "smoke", "--steps", "9000", "--episodes", "0", "--distance-steps", "0", "--cost", "latent"]
-    assert campaign.run("world_model", folder, flags, deadline=time.time() + 25) is None  # time to start on a busy machine
+    assert (
+        campaign.run("world_model", folder, flags, deadline=time.time() + 25) is None
+    )  # time to start on a busy machine
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < step < 9000
     assert campaign.run("world_model", folder, [*flags, "--max-steps", str(step + 5)])["steps"] == step + 5

@@ -1,4 +1,5 @@
 """video_jepa.py: the digits' law, networks, loss, average precision, and that it learns."""
+
 import json
 import math
 import subprocess
@@ -28,7 +29,9 @@ def test_digits_go_straight_at_the_published_speed_and_bounce():
     turn = ((path[:, 1:-1] < 3.6) | (path[:, 1:-1] > SIZE - vj.DIGIT - 3.6)).any(2)  # a border within reach
     assert (step[:, 1:] - step[:, :-1])[~turn].abs().max() < 1e-3  # no force but at borders
     free = ~turn[:, :-1] & ~turn[:, 1:]
-    torch.testing.assert_close(step[:, 1:-1][free].norm(dim=1), torch.full((int(free.sum()),), 3.6), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        step[:, 1:-1][free].norm(dim=1), torch.full((int(free.sum()),), 3.6), rtol=1e-3, atol=1e-3
+    )
     assert (step.norm(dim=2) <= 3.6 + 1e-3).all()
     heading = torch.atan2(*step[:, 0].unbind(1)[::-1])
     assert heading.cos().mean().abs() < 0.06 and heading.sin().mean().abs() < 0.06
@@ -62,7 +65,9 @@ def test_frames_show_the_digits_at_their_centres():
             for d in light.argsort():  # the brighter of two digits covers the darker
                 wanted[y[t, d] - 2 : y[t, d] + 2, x[t, d] - 2 : x[t, d] + 2] = light[d]
             assert torch.equal(frames[t], wanted)
-            assert {tuple(c) for c in occupied[t].nonzero().tolist()} == set(zip((y[t] // 8).tolist(), (x[t] // 8).tolist()))
+            assert {tuple(c) for c in occupied[t].nonzero().tolist()} == set(
+                zip((y[t] // 8).tolist(), (x[t] // 8).tolist())
+            )
             overlaps += bool((wanted > 0).sum() < 32 and light[0] != light[1])
         shown |= set(light.tolist())
     assert shown == {150, 200, 255} and overlaps > 5
@@ -151,7 +156,9 @@ def test_batches_are_a_function_of_seed_and_step():
     assert all(torch.equal(a, b) for a, b in zip(one(3), other(3))) and not torch.equal(one(3).frames, one(4).frames)
     halves = [vj.ClipStream(cfg, torch.device("cpu"), rank, 2)(3).frames for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), one(3).frames)
-    assert torch.equal(one.unseen(10).frames, other.unseen(10).frames) and not torch.equal(one.unseen(8).frames, one(0).frames)
+    assert torch.equal(one.unseen(10).frames, other.unseen(10).frames) and not torch.equal(
+        one.unseen(8).frames, one(0).frames
+    )
     other.cfg = preset("smoke", batch_size=8, seed=1)
     assert not torch.equal(one(3).frames, other(3).frames)  # but all seeds are measured on the same clips
     assert torch.equal(one.unseen(10).frames, other.unseen(10).frames)
@@ -167,7 +174,10 @@ def test_published_sizes():
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert (count(model.encoder), count(model.predictor)) == (89_280, 2_032_496)
     assert [type(l).__name__ for l in model.projector] == ["Linear", "BatchNorm", "ReLU", "Linear"]
-    assert [(l.out_features, l.bias is None) for l in (model.projector[0], model.projector[3])] == [(64, False), (64, True)]
+    assert [(l.out_features, l.bias is None) for l in (model.projector[0], model.projector[3])] == [
+        (64, False),
+        (64, True),
+    ]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
@@ -179,7 +189,14 @@ def test_shapes_of_what_others_call(stride):
     future = model.rollout(z[:, :2], 4)
     assert future.shape == (3, 4, *z.shape[2:])
     p, x = model.detect(z), model.decode(z)
-    assert p.shape == (3, 5, 8, 8) and x.shape == (3, 5, 64, 64) and 0 <= p.min() and p.max() <= 1 and 0 <= x.min() and x.max() <= 1
+    assert (
+        p.shape == (3, 5, 8, 8)
+        and x.shape == (3, 5, 64, 64)
+        and 0 <= p.min()
+        and p.max() <= 1
+        and 0 <= x.min()
+        and x.max() <= 1
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -200,7 +217,10 @@ def test_forecasts_in_rounds_feed_every_frame_with_the_round_before(norm):
     torch.manual_seed(0)
     model = Model(preset("smoke", norm=norm)).double()
     z = torch.randn(2, 6, 16, 16, 16, dtype=torch.float64)
-    found, state = model.forecasts(z, 4, "rounds"), torch.cat((z, torch.zeros(2, 6, 8, 16, 16)), 2)  # nothing handed on yet
+    found, state = (
+        model.forecasts(z, 4, "rounds"),
+        torch.cat((z, torch.zeros(2, 6, 8, 16, 16)), 2),
+    )  # nothing handed on yet
     for y in found:
         new = model.predict(state[:, :-2].flatten(0, 1), state[:, 1:-1].flatten(0, 1)).unflatten(0, (2, 4))
         state = torch.cat((state[:, :2], new), 1)
@@ -290,7 +310,9 @@ def test_a_fixed_code_of_places_does_not_count_as_spread():
     model, batch = Model(cfg), vj.ClipStream(cfg, torch.device("cpu"))(0)
     code = 5 * torch.randn(cfg.latent_dim, 16, 16, generator=generator(3))
     model.encode = lambda x: code.expand(len(x), x.shape[2], -1, -1, -1)  # the same whatever the frame shows
-    variance = lambda centre: vj.losses(model, preset("smoke", centre_places=centre), batch)[1][vj.TERMS.index("variance")]
+    variance = lambda centre: vj.losses(model, preset("smoke", centre_places=centre), batch)[1][
+        vj.TERMS.index("variance")
+    ]
     assert variance(False) < 0.5 and variance(True) > 0.98
 
 
@@ -347,7 +369,11 @@ def test_average_precision_by_hand():
     assert vj.average_precision(score, label) == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
     assert vj.average_precision(label.float(), label) == 1
     # equal scores are one threshold: the share of positives, whatever the order
-    assert vj.average_precision(torch.ones(5), label) == pytest.approx(3 / 5) == vj.average_precision(torch.ones(5), label.flip(0))
+    assert (
+        vj.average_precision(torch.ones(5), label)
+        == pytest.approx(3 / 5)
+        == vj.average_precision(torch.ones(5), label.flip(0))
+    )
     tied = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.1])
     assert vj.average_precision(tied, label) == pytest.approx(1 / 3 * 1 + 2 / 3 * 3 / 4)
     g = generator(5)
@@ -383,7 +409,10 @@ def still(B=6, T=10):
 def test_horizons_compare_the_right_frames():
     clips = still()
     result = vj.evaluate_horizons(Oracle(lambda before, last: last), clips, 7)
-    assert result["ap"] == result["ap_rounds"] == result["ap_copy_last"] == result["ap_true_frames"] == [1.0] * 7 and result["map"] == 1
+    assert (
+        result["ap"] == result["ap_rounds"] == result["ap_copy_last"] == result["ap_true_frames"] == [1.0] * 7
+        and result["map"] == 1
+    )
     moved = clips._replace(frames=clips.frames.clone(), occupied=clips.occupied.clone())
     for t in range(1, 10):  # one cell to the right a frame, round and round
         moved.occupied[:, t] = clips.occupied[:, 0].roll(t, 2)
@@ -401,7 +430,9 @@ def test_horizons_compare_the_right_frames():
 
 def test_each_tracker_is_measured_under_its_own_name():
     clips = still()
-    clips.centres[:, :, 0, 0] = torch.tensor([18.0, 26, 34, 42, 50, 42, 34, 26, 18, 18])  # 8 px a frame, between 14 and 50
+    clips.centres[:, :, 0, 0] = torch.tensor(
+        [18.0, 26, 34, 42, 50, 42, 34, 26, 18, 18]
+    )  # 8 px a frame, between 14 and 50
     clips.centres[:, :, 0, 1] = 28
     clips = clips._replace(occupied=vj.occupancy(clips.centres))
     result = vj.evaluate_horizons(Oracle(lambda before, last: last), clips, 7)
@@ -410,7 +441,9 @@ def test_each_tracker_is_measured_under_its_own_name():
 
 def test_constant_velocity_is_right_until_the_border():
     centres = torch.tensor([20.0, 30.0]) + torch.arange(6)[:, None] * torch.tensor([3.0, -2.0])
-    corner = torch.tensor([14.0, 50.0]) + torch.arange(6)[:, None] * torch.tensor([12.0, -12.0])  # at (50, 14) in 3 frames
+    corner = torch.tensor([14.0, 50.0]) + torch.arange(6)[:, None] * torch.tensor(
+        [12.0, -12.0]
+    )  # at (50, 14) in 3 frames
     centres = torch.stack((centres, corner.clamp(14, 50)), 1)[None]  # [1, 6, 2, 2]
     maps = vj.constant_velocity(centres, 2)
     assert maps.shape == (1, 3, 8, 8)
@@ -428,17 +461,22 @@ def test_a_tracker_that_knows_the_law_sets_the_ceiling():
     """Two exact positions and elastic bounces: what is left is which cell a position near an edge is counted in."""
     exact = vj.paths(2 * 500, 10, generator(9)).view(500, 2, 10, 2).transpose(1, 2)  # corners
     occupied = vj.occupancy(exact.round() + 14)
-    mean = lambda centres, bounce: sum(
-        vj.average_precision(vj.constant_velocity(centres, t + 1, bounce), occupied[:, t + 2 :]) for t in range(7)
-    ) / 7
+    mean = lambda centres, bounce: (
+        sum(vj.average_precision(vj.constant_velocity(centres, t + 1, bounce), occupied[:, t + 2 :]) for t in range(7))
+        / 7
+    )
     assert 0.82 < mean(exact + 14, True) < 0.88 and mean(exact + 14, False) < 0.6
 
 
 def test_training_on_the_published_file(tmp_path, monkeypatch):
     frames = torch.zeros(20, 20, 64, 64, dtype=torch.uint8)
-    clips = Clips(frames.view(40, 10, 64, 64), torch.zeros(40, 10, 8, 8, dtype=torch.bool), torch.full((40, 10, 2, 2), torch.nan))
+    clips = Clips(
+        frames.view(40, 10, 64, 64), torch.zeros(40, 10, 8, 8, dtype=torch.bool), torch.full((40, 10, 2, 2), torch.nan)
+    )
     clips.frames.copy_(torch.arange(10, dtype=torch.uint8)[:, None, None].expand_as(clips.frames))
-    monkeypatch.setattr(vj, "moving_mnist", lambda root: (Clips(*(x[:36] for x in clips)), Clips(*(x[36:] for x in clips))))
+    monkeypatch.setattr(
+        vj, "moving_mnist", lambda root: (Clips(*(x[:36] for x in clips)), Clips(*(x[36:] for x in clips)))
+    )
     cfg = preset("smoke", data="moving-mnist", frames=6, data_dir=str(tmp_path))
     stream = vj.ClipStream(cfg, torch.device("cpu"))
     first = set()
@@ -452,7 +490,10 @@ def test_training_on_the_published_file(tmp_path, monkeypatch):
     assert vj.losses(Model(cfg), cfg, stream(0))[0].isfinite()
 
 
-@pytest.mark.parametrize("flags", [dict(norm="batch", hidden_dim=0, stride=2, down="stride", residual=False), dict(stride=8, context="pairs")])
+@pytest.mark.parametrize(
+    "flags",
+    [dict(norm="batch", hidden_dim=0, stride=2, down="stride", residual=False), dict(stride=8, context="pairs")],
+)
 def test_loss_compiles_to_one_graph(flags):
     cfg = preset("smoke", batch_size=4, **flags)
     torch.manual_seed(0)
@@ -468,7 +509,12 @@ def test_loss_compiles_to_one_graph(flags):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("video") / "run"
-    done = subprocess.run([sys.executable, "video_jepa.py", "--preset", "smoke", "--run-dir", str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "video_jepa.py", "--preset", "smoke", "--run-dir", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return path, done.stdout
 
@@ -481,7 +527,9 @@ def test_it_learns(run):
     assert all(math.isfinite(v) for v in summary["ap"]) and summary["map"] < 0.86
     for name in ("curves.png", "ap.png", "rollout.gif"):
         with Image.open(path / name) as picture:
-            assert np.array(picture.convert("L")).std() > 5 and getattr(picture, "n_frames", 1) == (10 if name.endswith("gif") else 1)
+            assert np.array(picture.convert("L")).std() > 5 and getattr(picture, "n_frames", 1) == (
+                10 if name.endswith("gif") else 1
+            )
 
 
 def test_load_is_the_trained_model(run):

@@ -1,4 +1,5 @@
 """Two Rooms' physics and pictures, the losses, the planners, the metrics, and that the whole learns."""
+
 import dataclasses
 import json
 import math
@@ -8,7 +9,20 @@ import pytest
 import torch
 
 import world_model as wm
-from world_model import Agent, ClipStream, Layout, TwoRooms, WorldModel, losses, move, obstacles, plan, preset, render, trajectories
+from world_model import (
+    Agent,
+    ClipStream,
+    Layout,
+    TwoRooms,
+    WorldModel,
+    losses,
+    move,
+    obstacles,
+    plan,
+    preset,
+    render,
+    trajectories,
+)
 
 CPU = torch.device("cpu")
 
@@ -88,7 +102,9 @@ def test_free_moves_are_exact_and_the_door_is_open():
 
 
 # --------------------------------------------------------------------------------------------------- pictures, data
-@pytest.mark.parametrize("x,y,wall_x,door_y", [(10.0, 20.0, 32, 18), (4.3, 59.7, 20, 54), (59.69, 4.31, 44, 10), (32.27, 17.61, 32, 18)])
+@pytest.mark.parametrize(
+    "x,y,wall_x,door_y", [(10.0, 20.0, 32, 18), (4.3, 59.7, 20, 54), (59.69, 4.31, 44, 10), (32.27, 17.61, 32, 18)]
+)
 def test_rendering_is_exact(x, y, wall_x, door_y):
     dot, walls = render(torch.tensor([[[x, y]]]), layout(wall_x, door_y))[0, 0].tolist()
     for row in range(65):
@@ -131,7 +147,9 @@ def test_trajectories_follow_their_law():
     assert a[:, 0].mean(0).norm() < 0.06  # in every direction
     for side in rooms:
         assert (side.view(-1, 4) == side.view(-1, 4)[:, :1]).all()
-    assert rooms.wall_x.min() >= 20 and rooms.wall_x.max() <= 44 and rooms.door_y.min() >= 10 and rooms.door_y.max() <= 54
+    assert (
+        rooms.wall_x.min() >= 20 and rooms.wall_x.max() <= 44 and rooms.door_y.min() >= 10 and rooms.door_y.max() <= 54
+    )
 
 
 def test_fixed_wall():
@@ -223,14 +241,28 @@ def test_half_resolution_is_average_pooling():
 
 @pytest.mark.parametrize("predictor,slow", [("gru", 0), ("residual", 0), ("residual", 12)])
 def test_loss_terms_by_hand(predictor, slow):
-    cfg = preset("smoke", predictor=predictor, rollout=5, batch_size=4, slow_features=slow, prediction_weight=3.0, inverse_weight=2.0)
+    cfg = preset(
+        "smoke",
+        predictor=predictor,
+        rollout=5,
+        batch_size=4,
+        slow_features=slow,
+        prediction_weight=3.0,
+        inverse_weight=2.0,
+    )
     torch.manual_seed(0)
     model, batch = WorldModel(cfg), ClipStream(cfg, CPU)(0)
     model.psi.last.weight.data.mul_(8)  # some steps are longer than their actions
     total, terms, _ = losses(model, cfg, batch)
     terms = dict(zip(wm.TERMS, terms.tolist()))
     B, T = 4, 17
-    z = [[model.encode(render(batch.position[b : b + 1, t : t + 1], Layout(*(x[b : b + 1] for x in batch.layout)))[0]) for t in range(T)] for b in range(B)]
+    z = [
+        [
+            model.encode(render(batch.position[b : b + 1, t : t + 1], Layout(*(x[b : b + 1] for x in batch.layout)))[0])
+            for t in range(T)
+        ]
+        for b in range(B)
+    ]
     error = []
     for b in range(B):
         for t in range(T - 5):
@@ -241,18 +273,38 @@ def test_loss_terms_by_hand(predictor, slow):
     pairs = [(b, t) for b in range(B) for t in range(T - 1)]
     still = slow or 32  # the first features are held still, the others tell the action; 0: all do both
     similarity = [(z[b][t][:, :still] - z[b][t + 1][:, :still]).square().mean() for b, t in pairs]
-    inverse = [(model.inverse_dynamics(torch.cat((z[b][t][:, slow:], z[b][t + 1][:, slow:]), 1)) - batch.action[b, t]).square().mean() for b, t in pairs]
+    inverse = [
+        (model.inverse_dynamics(torch.cat((z[b][t][:, slow:], z[b][t + 1][:, slow:]), 1)) - batch.action[b, t])
+        .square()
+        .mean()
+        for b, t in pairs
+    ]
     truth = lambda b, t: torch.stack((*batch.position[b, t], batch.layout.wall_x[b], batch.layout.door_y[b]))
     probe = [(model.read(z[b][t])[0] - truth(b, t)).square().mean() / 16**2 for b in range(B) for t in range(T)]
-    for name, values in (("prediction", error), ("similarity", similarity), ("inverse_dynamics", inverse), ("probe", probe)):
+    for name, values in (
+        ("prediction", error),
+        ("similarity", similarity),
+        ("inverse_dynamics", inverse),
+        ("probe", probe),
+    ):
         assert terms[name] == pytest.approx(torch.stack(values).mean().item(), rel=1e-4), name
     far = lambda b, s, t: (model.psi(z[b][s]) - model.psi(z[b][t])).norm()
     excess = [(far(b, t, t + 1) - batch.action[b, t].norm()).clamp(min=0) ** 2 for b, t in pairs]
     apart = [far(b, s, t) for b in range(B) for s in range(T) for t in range(T)]
     assert 10 < sum(e > 0 for e in excess) < 55
-    assert terms["distance"] == pytest.approx((300 * sum(excess) / len(excess) - sum(apart) / len(apart)).item(), rel=1e-3)
+    assert terms["distance"] == pytest.approx(
+        (300 * sum(excess) / len(excess) - sum(apart) / len(apart)).item(), rel=1e-3
+    )
     v, c = wm.variance_covariance_loss(torch.cat([z[b][t] for b in range(B) for t in range(T)]))
-    wanted = 3 * terms["prediction"] + 16 * v + 8 * c + 12 * terms["similarity"] + 2 * terms["inverse_dynamics"] + terms["probe"] + 0.1 * terms["distance"]
+    wanted = (
+        3 * terms["prediction"]
+        + 16 * v
+        + 8 * c
+        + 12 * terms["similarity"]
+        + 2 * terms["inverse_dynamics"]
+        + terms["probe"]
+        + 0.1 * terms["distance"]
+    )
     assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -264,7 +316,9 @@ def test_ablated_terms_are_left_out_of_the_sum():
     for name, part, weight in zip(wm.TERMS[1:], terms[1:].tolist(), (16, 8, 12, 1, 0.1)):
         left = losses(model, dataclasses.replace(cfg, ablate=(name.replace("_", "-"),)), batch)[0]
         assert abs(part) > 1e-3 and (total - left).item() == pytest.approx(weight * part, abs=2e-4), name
-    one, short = (losses(model, dataclasses.replace(cfg, **c), batch)[0] for c in (dict(ablate=("rollout",)), dict(rollout=1)))
+    one, short = (
+        losses(model, dataclasses.replace(cfg, **c), batch)[0] for c in (dict(ablate=("rollout",)), dict(rollout=1))
+    )
     assert one == short != total
 
 
@@ -323,7 +377,9 @@ def test_shortest_paths_go_through_the_door():
         apart = (z[source][:, None, :2] - z[None, :, :2]).norm(dim=2)
         far = (z[source][:, None, 0] < z[0, 2]) != (z[None, :, 0] < z[0, 2])
         known = ~length.isnan()
-        assert (length[known] >= apart[known] - 0.5).all()  # a way is never shorter than the straight line (bf16 latents)
+        assert (
+            length[known] >= apart[known] - 0.5
+        ).all()  # a way is never shorter than the straight line (bf16 latents)
         straight.append((length / apart.clamp(min=1))[known & ~far & (apart > 10)])
         door = z[0, 2:]
         through = (z[source][:, None, :2] - door).norm(dim=2) + (z[None, :, :2] - door).norm(dim=2)
@@ -375,7 +431,10 @@ def test_the_distance_learns_the_way_round_the_wall():
     z, zg = (torch.cat(((x - 32) / 16, (door - 32) / 16), 1) for x in (start, goal))
     with torch.no_grad():
         learnt = model.distance(z, zg)
-    assert error < 6 and torch.corrcoef(torch.stack((learnt, way)))[0, 1] > torch.corrcoef(torch.stack((straight, way)))[0, 1]
+    assert (
+        error < 6
+        and torch.corrcoef(torch.stack((learnt, way)))[0, 1] > torch.corrcoef(torch.stack((straight, way)))[0, 1]
+    )
     far = way - straight > 15  # where the wall matters
     assert far.sum() > 50 and (learnt - way)[far].abs().mean() < (straight - way)[far].abs().mean() / 2
 
@@ -384,7 +443,9 @@ def test_an_update_clips_each_part_apart_and_steps_by_the_given_rate():
     model, cfg, g = WorldModel(preset("smoke")), preset("smoke", grad_clip=3.0), generator()
     optimizer, before = torch.optim.SGD(model.parameters(), 7.0), [p.detach().clone() for p in model.parameters()]
     for name, p in model.named_parameters():
-        p.grad = torch.randn(p.shape, generator=g) * (1e-3 if name.startswith("probe") else 100)  # only the probe's is small
+        p.grad = torch.randn(p.shape, generator=g) * (
+            1e-3 if name.startswith("probe") else 100
+        )  # only the probe's is small
     wanted = []
     for part in model.children():
         norm = torch.cat([p.grad.flatten() for p in part.parameters()]).norm()
@@ -407,7 +468,9 @@ def test_the_schedule_and_the_decay_reach_the_optimiser(tmp_path, monkeypatch):
 
 def test_learning_rate():
     cfg = preset("smoke", steps=100, lr=1.0)
-    assert [wm.learning_rate(cfg, s, 100) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9)
+    assert [wm.learning_rate(cfg, s, 100) for s in (0, 4, 9, 10, 55, 100)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-9
+    )
 
 
 def test_loss_compiles_to_one_graph_that_is_never_recompiled():
@@ -423,7 +486,9 @@ def test_loss_compiles_to_one_graph_that_is_never_recompiled():
 
 
 # --------------------------------------------------------------------------------------------------------- planning
-TARGET = torch.tensor([[[0.5, -0.3], [1.0, 0.2], [-0.7, 0.4]], [[-1.2, 0.1], [0.0, 0.9], [0.3, -0.5]]])  # [E = 2, H = 3, 2]
+TARGET = torch.tensor(
+    [[[0.5, -0.3], [1.0, 0.2], [-0.7, 0.4]], [[-1.2, 0.1], [0.0, 0.9], [0.3, -0.5]]]
+)  # [E = 2, H = 3, 2]
 
 
 def white(episodes):
@@ -439,7 +504,16 @@ def toy_cost(model, cfg, state, actions, goal):
 @pytest.mark.parametrize("planner,temperature", [("mppi", 0.02), ("mppi", 200.0), ("cem", 1.0)])
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
 def test_planners_find_the_known_optimum(planner, temperature, smooth):
-    cfg = preset("cpu", planner=planner, temperature=temperature, smooth=smooth, samples=256, elites=24, iterations=12, action_limit=0.0)
+    cfg = preset(
+        "cpu",
+        planner=planner,
+        temperature=temperature,
+        smooth=smooth,
+        samples=256,
+        elites=24,
+        iterations=12,
+        action_limit=0.0,
+    )
     assert cfg.planner == planner
     action, mean = plan(None, cfg, None, None, torch.zeros(2, 3, 2), white(2), toy_cost)
     torch.testing.assert_close(mean, TARGET, atol=0.1, rtol=0)
@@ -514,7 +588,9 @@ def test_fused_rollouts_equal_the_models_own_steps(objective):
     model = WorldModel(cfg)
     state, goal, actions = torch.randn(3, 32), torch.randn(3, 32), torch.randn(3, 7, 5, 2)
     with torch.no_grad():
-        fused, plain = (wm.rollout_cost(model, dataclasses.replace(cfg, kernels=k), state, actions, goal) for k in (True, False))
+        fused, plain = (
+            wm.rollout_cost(model, dataclasses.replace(cfg, kernels=k), state, actions, goal) for k in (True, False)
+        )
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -596,7 +672,9 @@ def test_collapse_meter():
 def test_planning_figures_by_hand(monkeypatch):
     """Success is to end near the goal; any: to have been there."""
     ends, passes, never = ([9.0, 20.0, 29.0], [9.0, 30.0, 9.0], [9.0, 8.0, 9.0])  # x; the goal is at 30
-    ways = dict(agent=[passes, ends, never, passes], random=[ends, ends, ends, passes], straight=[ends, ends, never, never])
+    ways = dict(
+        agent=[passes, ends, never, passes], random=[ends, ends, ends, passes], straight=[ends, ends, never, never]
+    )
 
     def run(cfg, episodes, policy, device, shown=0):
         name = "agent" if isinstance(policy, Agent) else "straight" if policy is wm.straight_line else "random"
@@ -643,7 +721,9 @@ def test_straight_line_floor_reaches_the_goal_where_no_wall_is():
     run = wm.run_episodes(cfg, 50, wm.straight_line, CPU)
     stuck = ~run.near()[:, -1]
     assert 5 < stuck.sum() < 50  # a straight line through the door sometimes works
-    assert ((run.position[stuck, -1, 0] < run.layout.wall_x[stuck]) != (run.goal[stuck, 0] < run.layout.wall_x[stuck])).float().mean() > 0.9
+    assert (
+        (run.position[stuck, -1, 0] < run.layout.wall_x[stuck]) != (run.goal[stuck, 0] < run.layout.wall_x[stuck])
+    ).float().mean() > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------- the whole thing
@@ -694,7 +774,9 @@ def test_load_gives_an_agent_for_anyones_environment(trained):
 
 def test_collapse_is_flagged(tmp_path, capsys):
     ablate = ("variance", "covariance", "inverse-dynamics")
-    wm.train(preset("smoke", steps=60, similarity_weight=50.0, ablate=ablate, episodes=0, run_dir=str(tmp_path / "run")))
+    wm.train(
+        preset("smoke", steps=60, similarity_weight=50.0, ablate=ablate, episodes=0, run_dir=str(tmp_path / "run"))
+    )
     assert "raise --variance-weight" in capsys.readouterr().out
 
 

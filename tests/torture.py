@@ -5,6 +5,7 @@
 
 Weights, optimiser, random state and every logged loss are compared bit for bit with those of a run that nobody touched.
 """
+
 import json
 import os
 import random

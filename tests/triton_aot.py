@@ -2,6 +2,7 @@
 
 One JSON line for each compiled kernel: its name, size of the input, shared memory in bytes, matrix instructions.
 """
+
 import json
 import sys
 

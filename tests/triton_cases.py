@@ -3,6 +3,7 @@
 Triton decides at import whether it interprets, so test_kernels.py runs this file in a process of its own:
 TRITON_INTERPRET=1 python -m pytest tests/triton_cases.py
 """
+
 import pytest
 import torch
 from torch.nn.functional import normalize

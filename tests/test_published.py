@@ -1,0 +1,173 @@
+"""Preset paper against golden numbers of the published code (facebookresearch/eb_jepa, commit 966e61e), in float64.
+
+`tests/published/*.json` hold what the published code computes from parameters and inputs that are given by rules; here
+our modules compute the same. The tolerance is 1e-9 of each tensor's size.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+import video_jepa as vj
+
+GOLDEN = Path(__file__).parent / "published"
+TOLERANCE = 1e-9
+
+
+def by_rule(entry: dict) -> torch.Tensor:
+    """A tensor whose element i is offset + a sin(((0.7 i) + 1.3 p) + 0.5)."""
+    i = torch.arange(math.prod(entry["shape"]), dtype=torch.float64)
+    values = entry["offset"] + entry["a"] * torch.sin(((0.7 * i) + 1.3 * entry["p"]) + 0.5)
+    return values.view(entry["shape"])
+
+
+def fill(tensors, entries: list[dict]) -> None:
+    """In the order of the entries; a head's weights may have an axis of length 1 more there."""
+    with torch.no_grad():
+        for tensor, entry in zip(tensors, entries, strict=True):
+            assert tensor.numel() == math.prod(entry["shape"]), entry["role"]
+            tensor.copy_(by_rule(entry).view(tensor.shape))
+
+
+def assert_facts(tensor: torch.Tensor, facts: dict) -> None:
+    """The first values, the sum and the sum of squares of a tensor, relative to its root mean square."""
+    x = tensor.detach().double().flatten()
+    assert x.numel() == math.prod(facts["shape"])
+    rms = math.sqrt(facts["sumsq"] / x.numel())
+    first = torch.tensor(facts["first"], dtype=torch.float64)
+    assert (x[: len(first)] - first).abs().max() <= TOLERANCE * rms
+    assert abs(x.sum().item() - facts["sum"]) <= TOLERANCE * rms * x.numel()
+    assert abs(x.square().sum().item() - facts["sumsq"]) <= TOLERANCE * facts["sumsq"]
+
+
+# ------------------------------------------------------------------------------------------------------------ video
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((GOLDEN / "video.json").read_text())
+
+
+@pytest.fixture
+def model(golden):
+    model = vj.Model(vj.preset("paper")).double()
+    fill(model.parameters(), golden["parameters"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def clips(golden):
+    b, t, y, x = torch.meshgrid(*(torch.arange(n).double() for n in (2, 10, 32, 32)), indexing="ij")
+    phase = 0.31 * x + 0.22 * y + 0.011 * x * y + 0.5 * t + 0.03 * t * x + 1.1 * b
+    frames = (127.5 + 127.5 * torch.sin(phase)).floor().to(torch.uint8)
+    b, t, y, x = torch.meshgrid(*(torch.arange(n) for n in (2, 10, 8, 8)), indexing="ij")
+    labels = (3 * b + 2 * t + 5 * y + 7 * x) % 11 == 0
+    assert_facts(frames, golden["input"]["clips"]["facts"])
+    assert_facts(labels, golden["input"]["detection_labels"]["facts"])
+    return vj.Clips(frames, labels)
+
+
+def test_video_training_step(golden, model, clips):
+    """Latents, predictions of four rounds, projections, every term of the loss, the gradient of every parameter."""
+    cfg, train = vj.preset("paper"), golden["train"]
+    for name in ("prediction", "variance", "covariance"):
+        assert getattr(cfg, f"{name}_weight") == golden["loss_weights"][name]
+    assert cfg.rounds == golden["rounds"]
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    z = model.encode(clips.frames.double() / 255)
+    assert_facts(z, train["latents"])
+    for k, latents in enumerate(model.parallel_rollout(z, 4), 1):
+        assert torch.equal(latents[:, :2], z[:, :2])
+        assert_facts(latents[:, 2:], train[f"prediction_round_{k}"])
+    assert_facts(model.project(z), train["projections_of_latents"])
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.copy_(statistics[name])
+
+    loss, terms, _ = vj.losses(model, cfg, clips)
+    published = train["terms"]
+    expected = [
+        published[name] for name in ("prediction", "variance", "covariance", "detection_head", "picture_decoder")
+    ]
+    torch.testing.assert_close(terms, torch.tensor(expected, dtype=torch.float64), rtol=TOLERANCE, atol=0)
+    assert loss.item() == pytest.approx(published["sum_with_heads"], rel=TOLERANCE)
+    loss.backward()
+    norms = torch.stack([p.grad.norm() for p in model.parameters()])
+    expected = torch.tensor(train["gradient_norms"], dtype=torch.float64)
+    torch.testing.assert_close(norms, expected, rtol=TOLERANCE, atol=1e-12 * expected.max().item())
+
+
+def test_video_running_statistics(golden, model, clips):
+    """Batch norm's running averages after one step. The published code runs the encoder three times a step (for the loss
+    and for each head) and projects the latents again in every round, where ours does both once: the same statistics,
+    counted less often. The predictor runs once a round in both."""
+    vj.losses(model, vj.preset("paper"), clips)
+    norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))]
+    counted = {role: 0 for role in ("encoder", "predictor")}
+    by_parameter = [e["role"] for e in golden["parameters"] if "norm, weight" in e["role"]]
+    assert len(by_parameter) == len(norms)
+    for facts in golden["train"]["running_statistics_after_one_step"]:
+        norm = norms[by_parameter.index(facts["role"] + ", weight")]
+        if facts["role"].startswith("predictor"):
+            assert_facts(norm.running_mean, facts["running_mean"])
+            assert_facts(norm.running_var, facts["running_variance"])
+            counted["predictor"] += 1
+        if facts["role"].startswith("encoder"):  # one update of 0.1 towards the batch for three
+            ratio = (1 - 0.9**3) / 0.1
+            assert_facts(norm.running_mean * ratio, facts["running_mean"])
+            assert_facts(0.9**3 + (norm.running_var - 0.9) * ratio, facts["running_variance"])
+            counted["encoder"] += 1
+    assert all(counted.values())
+
+
+def test_video_evaluation(golden, model, clips):
+    """With running statistics: latents, projections, seven rounds, both heads, average precision k frames ahead."""
+    norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))]
+    fill([x for m in norms for x in (m.running_mean, m.running_var)], golden["running_statistics_for_eval"])
+    model.eval()
+    published = golden["eval"]
+    with torch.no_grad():
+        z = model.encode(clips.frames.double() / 255)
+        assert_facts(z, published["latents"])
+        assert_facts(model.project(z), published["projections_of_latents"])
+        for k, latents in enumerate(model.parallel_rollout(z, 7), 1):
+            assert_facts(latents[:, 2:], published[f"prediction_round_{k}"])
+        assert_facts(model.detect(z).sigmoid(), published["detection_probabilities_of_latents"])
+        assert_facts(model.decode(z), published["decoded_pictures_of_latents"])
+    expected = published["average_precision_of_rounds_1_to_7"]
+    assert vj.evaluate(model, clips)["ap_parallel"] == [round(ap, 4) for ap in expected]
+
+
+def test_video_labels(golden):
+    frames = np.zeros((len(golden["labels"]), 64, 64), np.uint8)
+    for frame, example in zip(frames, golden["labels"]):
+        for x0, y0, x1, y1, value in example["rectangles"]:
+            frame[y0:y1, x0:x1] = value
+        assert frame.sum(dtype=np.int64) == example["sum_of_pixels"]
+    for labels, example in zip(vj.detection_labels(frames), golden["labels"]):
+        assert np.argwhere(labels).tolist() == sorted(example["cells"]), example["frame"]
+
+
+def test_video_average_precision(golden):
+    """The protocol: of each batch over all its clips, frames that can be predicted so far ahead, mean over batches."""
+    published = golden["average_precision"]
+    for case in published["small_cases"]:
+        found = average_precision_score(case["labels"], case["scores"])
+        assert found == pytest.approx(case["average_precision"], abs=1e-12)
+    rows = []
+    for batch in published["batches"]:
+        clips, q = batch["clips"], batch["q"]
+        n, t, y, x = np.indices((clips, 8, 8, 8))
+        labels = (3 * n + 2 * t + 5 * y + 7 * x + q) % 23 == 0
+        k = np.arange(8).reshape(8, 1, 1, 1, 1)
+        i = np.arange(8 * labels.size).reshape(8, *labels.shape)
+        scores = np.floor(64 * (labels + (0.4 + 0.2 * k) * np.sin(((0.7 * i) + 1.3 * q) + 0.5))) / 64
+        assert_facts(torch.from_numpy(scores), batch["scores"])
+        assert_facts(torch.from_numpy(labels), batch["labels"])
+        of_rounds = [torch.from_numpy(scores[k - 1][:, k - 1 :]) for k in range(1, 8)]
+        rows.append(vj.average_precisions(of_rounds, torch.from_numpy(labels)))
+        np.testing.assert_allclose(rows[-1], batch["average_precision_of_rounds_1_to_7"], rtol=1e-12)
+    np.testing.assert_allclose(np.mean(rows, axis=0), published["mean_over_batches"], rtol=1e-12)
