@@ -20,12 +20,15 @@ setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
 
 image_jepa: .venv/ready  ## features of unlabelled images (14 minutes, 72 %); ARGS="--loss sigreg", "--data path/to/folder" and any other flag
 	$(RUN) image_jepa.py $(ARGS)
+	$(RUN) results/draw.py --newest image_jepa
 
-video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (11 minutes, mAP .68); ARGS="--data glyphs" needs no files
+video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (11 minutes, mAP .68); ARGS="--data digits" needs no files
 	$(RUN) video_jepa.py $(ARGS)
+	$(RUN) results/draw.py --newest video_jepa
 
 world_model: .venv/ready  ## train a world model and plan with it (14 minutes, 96-100 %); ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
+	$(RUN) results/draw.py --newest world_model
 
 ablations: .venv/ready  ## every script with one part changed at a time (about an hour); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)

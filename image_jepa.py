@@ -829,7 +829,7 @@ def save_examples(path: Path, cfg: Config, images: Images, batch: Batch, z: Tens
 
 
 def evaluate(model: Model, cfg: Config, images: Images, batch: Batch, run_dir: Path | None) -> dict:
-    """Probes of the trained and of the untrained encoder; examples.npz on the first process (elsewhere run_dir is None).
+    """Probes of the trained and of the untrained encoder; examples.npz on the first process (else run_dir is None).
     -> what it adds to the summary."""
     begin = time.perf_counter()
     result, z, z_test = probe_encoder(model.encoder, images)
@@ -1162,7 +1162,7 @@ def fit(
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
-    clock, logged, terms = time.perf_counter(), start, None
+    clock, logged, terms, latents = time.perf_counter(), start, None, None
     bar = tqdm(total=end, initial=start, desc="training", leave=False, disable=not main or not sys.stderr.isatty())
     for step in range(start, end + 1):
         last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)

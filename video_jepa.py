@@ -1,17 +1,17 @@
 """Video JEPA: predict the latents of future frames, without reconstructing pixels.
 
-    z_t   = encode(frame_t)                               latent map of each frame of a clip, t = 0..9
-    s_t^0 = (z_t, 0)                                      state: the latent, and a hidden state that starts at zero
-    s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})         round k of the parallel rollout: all frames t > 1 at once
-    loss  = mean_k |project(s^k) - project(z)|^2          no stop-gradient and no moving average: two terms on the
-            + 10 variance + 100 covariance                projected latents keep them from collapsing (kernels/)
+    z_t   = encode(frame_t)                             latent map of each frame of a clip, t = 0..9
+    s_t^0 = (z_t, 0)                                    state: the latent, and a hidden state that starts at zero
+    s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})       round k of the parallel rollout: all frames t > 1 at once
+    loss  = mean_k |project(s^k) - project(z)|^2        no stop-gradient and no moving average: two terms on the
+            + 10 variance + 100 covariance              projected latents keep them from collapsing (kernels/)
 
 The first two states stay the true ones, so in round k a prediction lies k frames ahead of the newest true frame that it
 draws on. Two heads read detached latents and teach the encoder nothing: a detector says in which of 8 x 8 cells the
 centres of digits lie, a decoder shows the frame. The measure is the detector's average precision (AP) on latents that
 are predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
 
-    python video_jepa.py                                       # moving digits of MNIST; needs its files or a download
+    python video_jepa.py                                       # moving digits of MNIST
     python video_jepa.py --data digits                         # moving digits of scikit-learn: needs no files
     python video_jepa.py --preset paper --data moving-mnist    # the published recipe (arXiv 2602.03604) and data
     torchrun --nproc_per_node=2 video_jepa.py                  # several GPUs
@@ -25,12 +25,9 @@ import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,8 +37,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from scipy import ndimage
+from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather  # with a gradient
+from torchvision.datasets import MNIST, MovingMNIST
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
@@ -53,7 +54,7 @@ FORMAT = "nanojepa/video_jepa/2"  # of a checkpoint
 SIZE, DIGIT = 64, 28  # side of a frame and of a digit, px
 CELLS = 8  # of the detection map, along each axis
 HORIZONS = range(1, 8)  # k, frames ahead, at which predictions are measured
-TERMS = ("prediction", "variance", "covariance", "detection", "decoding")
+TERMS = ("loss", "prediction", "variance", "covariance", "detection", "decoding")
 
 
 class UserError(ValueError):
@@ -61,14 +62,14 @@ class UserError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Learn to predict the latents of future frames. The defaults are preset paper, the published recipe."""
 
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights and of the order of clips
     run_dir: str = ""  # folder of this run; empty: runs/video_jepa/<preset>-<date>-<time>
-    resume: bool = False  # go on with the run in run_dir; if that is empty, with the newest of the preset
+    resume: bool = False  # go on with the run in run_dir; on the command line, if that is empty, with the newest
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: bool = True  # torch.compile the loss
     kernels: bool = True  # fused Triton losses on NVIDIA GPUs; off: plain PyTorch
@@ -107,35 +108,23 @@ class Config:
     save_every: float = 60.0  # seconds between checkpoints, at log lines
 
     def __post_init__(self):
-        side = SIZE // self.stride
-        if min(self.batch_size, self.rounds, self.levels, self.log_every) < 1 or self.sequences < 10:
-            raise UserError(
-                "--batch-size, --rounds, --levels and --log-every must be 1 or more, --sequences 10 or more"
-            )
-        if self.lr <= 0 or self.epochs <= 0:
-            raise UserError(f"--lr and --epochs must be positive, got {self.lr} and {self.epochs}")
+        if min(self.batch_size, self.rounds, self.levels, self.log_every, self.epochs, self.lr) <= 0:
+            raise UserError("--batch-size, --rounds, --levels, --log-every, --epochs and --lr must be positive")
         if not self.rounds + 2 <= self.frames <= 20:
-            raise UserError(f"--frames must be from {self.rounds + 2} (--rounds + 2) to 20, got {self.frames}")
-        if side % 2 ** (self.levels - 1):
-            raise UserError(f"--levels {self.levels} is too many for latent maps of {side} x {side}")
+            raise UserError(f"--frames must be from --rounds + 2 = {self.rounds + 2} to 20, got {self.frames}")
+        if SIZE // self.stride % 2 ** (self.levels - 1):
+            raise UserError(f"--levels {self.levels} is too many for latent maps of {SIZE // self.stride} px")
 
 
-FAST = dict(  # what differs from the paper in all the other presets
-    pool=True,
-    norm="layer",
-    levels=2,
-    residual=True,
-    centre_positions=True,
-    optimizer="muon",
-    lr=0.02,
-    schedule="cosine",
-)
-CPU = dict(FAST, stride=8, encoder_width=16, predictor_width=64, hidden_dim=32, frames=8, rounds=6)
+# What all other presets change: coarse latent maps, a predictor without batch norm, Muon.
+FAST = dict(levels=2, pool=True, norm="layer", residual=True, centre_positions=True, rounds=6, stride=8)
+FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine")
+CPU = dict(FAST, encoder_width=16, predictor_width=64, hidden_dim=32, frames=8, batch_size=16, compile=False)
 PRESETS: dict[str, dict] = {
-    "gpu": dict(FAST, stride=8, predictor_width=128, hidden_dim=64, rounds=6, epochs=20),  # not tuned yet
+    "gpu": dict(FAST, predictor_width=128, hidden_dim=64, epochs=20),  # not tuned on a GPU yet
     "paper": {},
-    "cpu": dict(CPU, epochs=1.5, batch_size=16, compile=False),  # ten minutes on two cores
-    "smoke": dict(CPU, data="digits", sequences=400, rounds=4, epochs=1, batch_size=8, compile=False),  # a minute
+    "cpu": dict(CPU, epochs=1.5),  # ten minutes on two cores
+    "smoke": dict(CPU, data="digits", sequences=400, rounds=4, epochs=1, batch_size=8, validation_clips=64),  # a minute
 }
 MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "device", "compile", "kernels", "data_dir", "max_steps"}
 MAY_CHANGE_ON_RESUME |= {"validation_clips", "log_every", "save_every"}
@@ -152,45 +141,24 @@ class Clips(NamedTuple):
     labels: Tensor  # [N, T, 8, 8] bool: the centre of a digit lies in the cell
 
 
-def read_files(dataset, files: list[Path], read) -> list:
-    """The content of a torchvision data set's files, downloaded if one is missing."""
-    try:
-        if not all(file.exists() for file in files):
-            dataset(download=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{files[0].parent} lacks {files[0].name} and downloading failed: {error}") from None
-    contents = []
-    for file in files:
-        try:
-            contents.append(read(file))
-        except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-            raise UserError(f"{file} is damaged ({error}): delete it, and it is downloaded again") from None
-    return contents
-
-
 def load_sequences(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences [N, 20, 64, 64] uint8 to train and to validate on.
+    """Sequences [N, 20, 64, 64] uint8 to train and to validate on. A new data set is another branch here.
 
-    The published file is split as published, so digits may occur in both parts; digits that are moved here do not."""
-    import torchvision
-    from sklearn.datasets import load_digits
-
+    The published file is split as published, so digits occur in both parts; of digits that are moved here none does."""
+    folder = Path(cfg.data_dir, "MovingMNIST" if cfg.data == "moving-mnist" else "MNIST/raw")
+    try:
+        if cfg.data == "moving-mnist":
+            data = MovingMNIST(cfg.data_dir, split=None, download=True).data[:, :, 0].numpy()
+        elif cfg.data == "mnist":
+            train, validation = (MNIST(cfg.data_dir, part, download=True).data.numpy() for part in (True, False))
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError) as error:
+        raise UserError(f"cannot read or download {folder} ({error}); if a file there is damaged, delete it") from None
     if cfg.data == "moving-mnist":
-        path = Path(cfg.data_dir, "MovingMNIST", "mnist_test_seq.npy")
-        dataset = lambda **options: torchvision.datasets.MovingMNIST(cfg.data_dir, split=None, **options)
-        (data,) = read_files(dataset, [path], np.load)
-        shape = getattr(data, "shape", ())
-        if getattr(data, "dtype", None) != np.uint8 or len(shape) != 4 or shape[::2] != (20, 64) or shape[3] != 64:
-            raise UserError(f"{path} must be an uint8 array [20, N, 64, 64], got {data.dtype} {list(shape)}")
-        order = np.random.RandomState(2025).permutation(shape[1])
-        split = len(order) * 9 // 10
-        return tuple(data[:, index].swapaxes(0, 1) for index in (order[:split], order[split:]))
-    if cfg.data == "mnist":
-        folder = Path(cfg.data_dir, "MNIST", "raw")
-        files = [folder / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
-        dataset = lambda **options: torchvision.datasets.MNIST(cfg.data_dir, **options)
-        train, validation = (x.numpy() for x in read_files(dataset, files, torchvision.datasets.mnist.read_image_file))
-    else:
+        if data.dtype != np.uint8 or data.shape != (max(10, len(data)), 20, SIZE, SIZE):
+            raise UserError(f"{folder}: expected uint8 [20, N >= 10, 64, 64], got {data.dtype} {data.shape}")
+        order = np.random.RandomState(2025).permutation(len(data))
+        return data[order[: len(data) * 9 // 10]], data[order[len(data) * 9 // 10 :]]
+    if cfg.data == "digits":
         digits = load_digits().images.repeat(3, 1).repeat(3, 2)  # [1797, 8, 8] from 0 to 16 -> [1797, 24, 24]
         digits = np.pad(255 / 16 * digits, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
         train, validation = digits[:1500], digits[1500:]
@@ -201,8 +169,8 @@ def load_sequences(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
 def move_digits(digits: np.ndarray, n: int, seed: int) -> np.ndarray:
     """n sequences [n, 20, 64, 64] of two random digits [D, 28, 28] each, which go straight on at 3.6 px a frame.
 
-    The law of Moving MNIST (Srivastava et al. 2015, arXiv 1502.04681): a digit that hits a border rests there for this
-    frame and goes back in the next; positions are truncated to whole px; where digits overlap the brighter pixel shows."""
+    The law of Moving MNIST (Srivastava et al. 2015, arXiv 1502.04681): a digit that hits a border rests there for one
+    frame and goes back; positions are truncated to whole px; where digits overlap the brighter pixel shows."""
     rng = np.random.default_rng(seed)
     chosen = digits[rng.integers(len(digits), size=(n, 2))]
     position = rng.random((n, 2, 2))  # (x, y) of each digit's corner; the room of 36 px counts as 1
@@ -224,59 +192,36 @@ def move_digits(digits: np.ndarray, n: int, seed: int) -> np.ndarray:
 def detection_labels(frames: np.ndarray) -> np.ndarray:
     """Frames [N, H, W] uint8 -> cells [N, 8, 8] bool that hold the centre of a digit, as published.
 
-    A digit is a connected piece (corners connect) of the pixels above the middle between a frame's darkest and brightest
-    one; a piece in a hole of another counts as part of it; the centre is that of its bounding box."""
-    from scipy import ndimage
-
-    within_frame = np.zeros((3, 3, 3), bool)
-    within_frame[1] = True  # neighbours of a pixel: all eight of its frame
-    cross = ndimage.generate_binary_structure(3, 1) & within_frame
-    darkest, brightest = (f(axis=(1, 2), keepdims=True).astype(float) for f in (frames.min, frames.max))
-    pieces, _ = ndimage.label(
-        ndimage.binary_fill_holes(frames > (darkest + brightest) / 2, structure=cross), structure=within_frame
-    )
+    A digit is a connected piece (corners connect) of the pixels above the middle between the frame's darkest and its
+    brightest; a piece in a hole of another belongs to it; the centre is that of the bounding box."""
+    neighbours = np.zeros((3, 3, 3), bool)
+    neighbours[1] = True  # all eight of the same frame
+    four_neighbours = neighbours & ndimage.generate_binary_structure(3, 1)
+    middle = (frames.min((1, 2), keepdims=True).astype(float) + frames.max((1, 2), keepdims=True)) / 2
+    filled = ndimage.binary_fill_holes(frames > middle, structure=four_neighbours)
+    pieces, _ = ndimage.label(filled, structure=neighbours)
     labels = np.zeros((len(frames), CELLS, CELLS), bool)
-    cell_height, cell_width = frames.shape[1] / CELLS, frames.shape[2] / CELLS
-    for n, rows, columns in ndimage.find_objects(pieces):
+    for frame, rows, columns in ndimage.find_objects(pieces):
         y, x = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
-        labels[n.start, int(y / cell_height), int(x / cell_width)] = True
+        labels[frame.start, int(y * CELLS / frames.shape[1]), int(x * CELLS / frames.shape[2])] = True
     return labels
 
 
-def make_clips(sequences: np.ndarray, length: int) -> Clips:
+def make_clips(sequences: np.ndarray, length: int, device: torch.device) -> Clips:
     """Sequences [N, 20, 64, 64] cut into clips of `length` frames, with their labels."""
-    count = sequences.shape[1] // length
-    frames = np.ascontiguousarray(sequences[:, : count * length]).reshape(-1, length, SIZE, SIZE)
-    chunks = np.array_split(frames, max(1, len(frames) // 100))
-    labels = [detection_labels(chunk.reshape(-1, SIZE, SIZE)) for chunk in tqdm(chunks, "labels", leave=False)]
-    labels = np.concatenate(labels).reshape(-1, length, CELLS, CELLS)
-    return Clips(torch.from_numpy(frames), torch.from_numpy(labels))
+    frames = np.ascontiguousarray(sequences[:, : 20 // length * length]).reshape(-1, SIZE, SIZE)
+    chunks = np.array_split(frames, math.ceil(len(frames) / 1000))
+    labels = np.concatenate([detection_labels(chunk) for chunk in tqdm(chunks, "labels", leave=False, disable=None)])
+    return Clips(*(torch.from_numpy(x).unflatten(0, (-1, length)).to(device) for x in (frames, labels)))
 
 
-class Data:
-    """Clips to train and to validate on, and batches as a pure function of (seed, step): nothing to save for a resume.
-
-    Another data set: another branch in `load_sequences`. Labels are only for the detector and its AP."""
-
-    def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world: int = 1):
-        self.cfg, self.rank, self.world = cfg, rank, world
-        if rank > 0:
-            dist.barrier()  # the first process downloads for all
-        train, validation = load_sequences(cfg)
-        if rank == 0 and world > 1:
-            dist.barrier()
-        self.train = Clips(*(x.to(device) for x in make_clips(train, cfg.frames)))
-        self.validation = Clips(*(x[: cfg.validation_clips].to(device) for x in make_clips(validation, 10)))
-        self.steps_per_epoch = len(self.train.frames) // cfg.batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(self.train.frames)} training clips")
-
-    def batch(self, step: int) -> Clips:
-        """This process's share of the batch; every epoch has its own order."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.train.frames))
-        index = order[position * self.cfg.batch_size :][: self.cfg.batch_size][self.rank :: self.world]
-        return Clips(*(x[torch.from_numpy(index).to(x.device)] for x in self.train))
+def make_batch(cfg: Config, clips: Clips, step: int, rank: int = 0, world: int = 1) -> Clips:
+    """This process's share of a batch: a pure function of (seed, step), with a new order in every epoch."""
+    epoch, n = divmod(step, len(clips.frames) // cfg.batch_size)
+    order = np.random.default_rng((cfg.seed, epoch)).permutation(len(clips.frames))
+    index = order[n * cfg.batch_size : (n + 1) * cfg.batch_size][rank::world]
+    index = torch.from_numpy(index).to(clips.frames.device)
+    return Clips(clips.frames[index], clips.labels[index])
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -297,11 +242,11 @@ class UNet(nn.Module):
         self.stem = nn.Sequential(conv3x3(inputs, width), norm(width), nn.ReLU())
         self.down = nn.ModuleList([residual_block(width, width, norm)])
         self.up = nn.ModuleList()
-        widths = [width * 2**level for level in range(levels)]
-        for fine, coarse in zip(widths, widths[1:]):
-            self.down.append(residual_block(fine, coarse, norm, stride=1 if pool else 2))
-        for fine, coarse in reversed(list(zip(widths, widths[1:]))):
-            upsample = nn.ConvTranspose2d(coarse, fine, 2, 2)
+        widths = [width * 2**level for level in range(levels - 1)]  # those of all levels but the coarsest
+        for fine in widths:
+            self.down.append(residual_block(fine, 2 * fine, norm, stride=1 if pool else 2))
+        for fine in reversed(widths):
+            upsample = nn.ConvTranspose2d(2 * fine, fine, 2, 2)
             self.up.append(nn.ModuleList([upsample, residual_block(2 * fine, fine, norm)]))
         self.out = nn.Conv2d(width, outputs, 1)
 
@@ -362,7 +307,7 @@ class Model(nn.Module):
         return F.pad(z, (0, 0, 0, 0, 0, self.hidden_dim))
 
     def parallel_rollout(self, z: Tensor, rounds: int) -> list[Tensor]:
-        """Latents of clips [B, T, C, h, w] -> latents after each round [B, T, C, h, w]; the first two stay the true ones.
+        """Latents of clips [B, T, C, h, w] -> those after each round [B, T, C, h, w]; the first two stay the true ones.
 
         Of round k = 1.. the frames from k + 1 on, counted from 0, are predicted k frames ahead."""
         T, C = z.shape[1:3]
@@ -390,8 +335,8 @@ class Model(nn.Module):
         return self.projector(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def detect(self, z: Tensor) -> Tensor:
-        """Latents [B, T, C, h, w] -> logits that the centre of a digit lies in each of 8 x 8 cells [B, T, 8, 8]."""
-        return self.detector(z.flatten(0, 1))[:, 0].unflatten(0, z.shape[:2])
+        """Latents [B, T, C, h, w] -> probability that the centre of a digit lies in a cell [B, T, 8, 8]."""
+        return self.detector(z.flatten(0, 1))[:, 0].sigmoid().unflatten(0, z.shape[:2])
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> frames [B, T, 64, 64], about in [0, 1]."""
@@ -414,19 +359,21 @@ def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, Tensor, Ten
         # what is the same in every frame, such as a code of the position, must not count as spread
         rows = rows - rows.mean(0)
     variance, covariance = variance_covariance_loss(rows.flatten(0, -2))
-    detection = F.binary_cross_entropy_with_logits(model.detect(z.detach()), clips.labels.to(z.dtype))
+    logits = model.detector(z.detach().flatten(0, 1))
+    detection = F.binary_cross_entropy_with_logits(logits, clips.labels.flatten(0, 1)[:, None].to(z.dtype))
     decoding = F.mse_loss(model.decode(z.detach()), clips.frames.to(z.dtype) / 255)
     loss = cfg.prediction_weight * prediction + cfg.variance_weight * variance + cfg.covariance_weight * covariance
-    terms = torch.stack((prediction, variance, covariance, detection, decoding)).detach()
-    return loss + detection + decoding, terms, z.detach()
+    loss = loss + detection + decoding
+    terms = torch.stack((loss, prediction, variance, covariance, detection, decoding))
+    return loss, terms.detach(), z.detach()
 
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
     """How spread latents [B, T, C, h, w] are, after subtraction of each position's mean.
 
-    Effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, arXiv 2210.02885).
-    Smallest and mean standard deviation of a channel; mean |off-diagonal correlation|."""
+    Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885). Smallest and mean
+    standard deviation of a channel; mean |off-diagonal correlation|."""
     z = z[:16].to("cpu", torch.float64)
     z = (z - z.mean((0, 1))).movedim(2, -1).flatten(0, -2)  # [N, C]
     covariance = z.T @ z / len(z)
@@ -434,66 +381,52 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
     singular = torch.linalg.eigvalsh(covariance).clamp(min=1e-24).sqrt()
     p = singular / singular.sum()
     correlation = (covariance / (std[:, None] * std).clamp(min=1e-12)).fill_diagonal_(0)
-    return dict(
-        effective_rank=torch.exp(-(p * p.log()).sum()).item(),
-        std_min=std.min().item(),
-        std_mean=std.mean().item(),
-        correlation=(correlation.abs().sum() / (len(std) * (len(std) - 1))).item(),
-    )
+    rank = torch.exp(-(p * p.log()).sum())
+    mean_correlation = correlation.abs().sum() / (len(std) * (len(std) - 1))
+    values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=mean_correlation)
+    return {name: value.item() for name, value in values.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
 def learning_rate(cfg: Config, step: int, steps: int) -> float:
-    """Constant, or linear warm-up over the first twentieth of a schedule of `steps`, then cosine to zero."""
-    warmup = max(1, steps // 20)
+    """Constant, or linear warm-up over the first twentieth of a schedule of `steps`, then a cosine to zero."""
     if cfg.schedule == "constant":
         return cfg.lr
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    warmup = max(1, steps // 20)
+    progress = max(0, step - warmup) / max(1, steps - warmup)
+    return cfg.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon takes 2-D parameters only; here a convolution's weight counts as a matrix [first axis, the rest]."""
+    torch.optim.Muon takes 2-D parameters only; here a convolution counts as a matrix [outputs, all the rest]."""
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
-        (group,) = self.param_groups
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        for p in params:
-            self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(momentum, group["momentum"])
-        torch._foreach_add_(momentum, grads)
-        steps = orthogonalise(torch._foreach_add(grads, momentum, alpha=group["momentum"]))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, steps, alpha=-group["lr"])
+        for group in self.param_groups:
+            lr, mu = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(mu).add_(p.grad)
+                update = orthogonalise((p.grad + mu * momentum).flatten(1))
+                p.mul_(1 - lr * group["weight_decay"]).add_(update.view_as(p), alpha=-lr)
 
 
-def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
-    """Nearly the closest semi-orthogonal matrix to each [n, ...], seen as [n, m], times sqrt(max(1, n / m)): five
-    Newton-Schulz iterations. Matrices of one shape are stacked and done together."""
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """About the closest semi-orthogonal matrix to [n, m], times sqrt(max(1, n / m)): five Newton-Schulz iterations."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    result, by_shape = list(matrices), {}
-    for i, matrix in enumerate(matrices):
-        by_shape.setdefault((len(matrix), matrix[0].numel()), []).append(i)
-    for (n, m), indices in by_shape.items():
-        x = torch.stack([matrices[i].reshape(n, m) for i in indices])
-        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()  # the iteration forgives rounding
-        x = x.mT if n > m else x
-        for _ in range(5):
-            y = x @ x.mT
-            x = a * x + (b * y + c * y @ y) @ x
-        x = (x.mT if n > m else x) * max(1, n / m) ** 0.5
-        for i, step in zip(indices, x):
-            result[i] = step.to(matrices[i].dtype).view_as(matrices[i])
-    return result
+    n, m = matrix.shape
+    x = (matrix.mT if n > m else matrix).bfloat16()  # the iteration forgives rounding
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        y = x @ x.mT
+        x = a * x + (b * y + c * y @ y) @ x
+    return (x.mT if n > m else x).to(matrix.dtype) * max(1, n / m) ** 0.5
 
 
 def make_optimizers(model: Model, cfg: Config) -> dict[float, torch.optim.Optimizer]:
@@ -508,31 +441,26 @@ def make_optimizers(model: Model, cfg: Config) -> dict[float, torch.optim.Optimi
 # ------------------------------------------------------------------------------------------------------- evaluation
 def average_precisions(scores: list[Tensor], labels: Tensor) -> list[float]:
     """AP of each of the scores [B, n, 8, 8] against the labels [B, T, 8, 8] of the last n frames, all clips pooled."""
-    from sklearn.metrics import average_precision_score
-
     labels = labels.cpu()
-    return [average_precision_score(labels[:, -s.shape[1] :].flatten(), s.flatten().cpu()) for s in scores]
+    return [average_precision_score(labels[:, -x.shape[1] :].flatten(), x.flatten().cpu()) for x in scores]
 
 
 @torch.no_grad()
 def evaluate(model: Model, clips: Clips, batch_size: int = 64) -> dict:
-    """Average precision of the detector for k = 1..7 frames ahead; a mean over batches of clips, as published.
+    """Average precision of the detector for k = 1..7 frames ahead: the mean over batches of clips, as published.
 
-    ap_parallel: in round k of the parallel rollout, the published measure. ap_autoregressive: from two true frames alone.
+    ap_parallel: in round k of the parallel rollout, the published measure. ap_autoregressive: from two true frames.
     Baselines: ap_last_frame, the last true latent instead of a prediction; ap_true_frames, the true latents."""
     batches = {}  # name -> rows of seven
-    for start in range(0, len(clips.frames), batch_size):
-        frames, labels = (x[start : start + batch_size] for x in clips)
+    for frames, labels in zip(clips.frames.split(batch_size), clips.labels.split(batch_size)):
         z = model.encode(frames)  # [B, T, C, h, w]
         T = z.shape[1]
-        true = model.detect(z).sigmoid()
-        rounds = model.parallel_rollout(z, len(HORIZONS))
+        true = model.detect(z)
+        rounds = model.parallel_rollout(z, 7)
         pairs = torch.stack((z[:, :-1], z[:, 1:]), 2).flatten(0, 1)  # [B (T - 1), 2, C, h, w]
-        future = model.autoregressive_rollout(pairs, len(HORIZONS))
-        ahead = model.detect(future).sigmoid().unflatten(0, (-1, T - 1))  # [B, T - 1, 7, 8, 8]
-        # from two true frames, frames k + 1 .. T - 1 can be predicted k ahead
-        scores = {
-            "ap_parallel": [model.detect(rounds[k - 1][:, k + 1 :]).sigmoid() for k in HORIZONS],
+        ahead = model.detect(model.autoregressive_rollout(pairs, 7)).unflatten(0, (-1, T - 1))  # [B, T - 1, 7, 8, 8]
+        scores = {  # of frames k + 1 .. T - 1, which can be predicted k ahead from two true frames
+            "ap_parallel": [model.detect(rounds[k - 1][:, k + 1 :]) for k in HORIZONS],
             "ap_autoregressive": [ahead[:, : T - 1 - k, k - 1] for k in HORIZONS],
             "ap_last_frame": [true[:, 1 : T - k] for k in HORIZONS],
             "ap_true_frames": [true[:, k + 1 :] for k in HORIZONS],
@@ -545,38 +473,24 @@ def evaluate(model: Model, clips: Clips, batch_size: int = 64) -> dict:
 
 @torch.no_grad()
 def make_examples(model: Model, frames: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """What figures need: clips [N, T, ...] with labels, and what the heads read from a rollout of their first two frames."""
+    """For figures: true frames and labels [N, T, ...]; what the heads read from a rollout of the first two frames."""
     z = model.encode(frames)
     y = torch.cat((z[:, :2], model.autoregressive_rollout(z[:, :2], z.shape[1] - 2)), 1)
     decoded = (255 * model.decode(y).clamp(0, 1)).to(torch.uint8)
-    arrays = dict(frames=frames, labels=labels, decoded=decoded, detected=model.detect(y).sigmoid())
+    arrays = dict(frames=frames, labels=labels, decoded=decoded, detected=model.detect(y))
     return {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------- run folder and checkpoints
-def last_run_dir(name: str) -> Path:
-    """The newest run folder of a preset."""
-    configs = sorted(Path("runs", SCRIPT).glob(f"{name}-*/config.json"), key=os.path.getmtime)
-    if not configs:
-        raise UserError(f"--resume: there is no run of preset {name} in runs/{SCRIPT}; name one by --run-dir")
-    return configs[-1].parent
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new."""
+def save_checkpoint(path: Path, state: dict) -> None:
+    """A temporary file, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
+    torch.save(state, buffer := io.BytesIO())
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def save_checkpoint(path: Path, **state) -> None:
-    """Batches and learning rates are functions of (seed, step), so this is all that an exact resume needs."""
-    buffer = io.BytesIO()
-    torch.save(dict(format=FORMAT, rng=torch.get_rng_state(), **state), buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -596,7 +510,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
 
         model = load("runs/video_jepa/cpu-20261125-101500")
         z = model.encode(frames)                                   # [B, T, 64, 64] in [0, 1] -> [B, T, C, h, w]
-        model.detect(model.autoregressive_rollout(z, 5))           # the five frames after them: logits [B, 5, 8, 8]
+        model.detect(model.autoregressive_rollout(z, 5))           # of the five frames after them [B, 5, 8, 8]
 
     Raises UserError if the file is missing, damaged or of another script."""
     path = Path(path)
@@ -617,13 +531,12 @@ def request_stop(number: int, _) -> None:
 
 
 def start_device(cfg: Config) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; under torchrun joins the process group."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    kind = next(name for name in available if available[name]) if cfg.device == "auto" else cfg.device
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if not available[kind]:
-        raise UserError(f"--device {kind}: PyTorch finds no such device here")
-    if cfg.batch_size % world:
+    """Device, rank and number of processes. Under torchrun also joins the process group."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    if world > 1 and cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
     if world > 1 and cfg.norm == "batch" and kind != "cuda":
         raise UserError("batch norm over several processes needs GPUs: use --norm layer, or one process")
@@ -633,30 +546,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True
     use_triton(None if cfg.kernels else False)
-    return torch.device(kind), int(os.environ.get("RANK", 0)), world
-
-
-def average_gradients(model: Model, world: int) -> None:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])  # one message
-    dist.all_reduce(flat)
-    for grad, mean in zip(grads, flat.div_(world).split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
-
-
-def warm_up(compute_loss, model: Model, cfg: Config, clips: Clips) -> float:
-    """Forward and backward once, without a trace, so that compilation is in no timing. Returns its seconds."""
-    begin = time.perf_counter()
-    state = {name: value.clone() for name, value in model.state_dict().items()}  # batch norm counts what it sees
-    try:
-        compute_loss(model, cfg, clips)[0].backward()
-    except RuntimeError as error:
-        if not cfg.compile or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(f"torch.compile failed; try --no-compile ({str(error).splitlines()[0]})") from error
-    model.load_state_dict(state)
-    model.zero_grad()
-    return time.perf_counter() - begin
+    return torch.device(kind), rank, world
 
 
 def train(cfg: Config) -> dict:
@@ -665,20 +555,25 @@ def train(cfg: Config) -> dict:
     Raises UserError for mistakes in settings, data and files, and when the loss is no longer finite."""
     device, rank, world = start_device(cfg)
     main_process = rank == 0  # it logs, saves and evaluates
-    data = Data(cfg, device, rank, world)
+    run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if main_process and run_dir.exists() and not cfg.resume:
+        raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume")
+    if rank > 0:
+        dist.barrier()  # until the first process has downloaded the files
+    sequences = load_sequences(cfg)
+    if world > 1 and main_process:
+        dist.barrier()
+    train_clips, validation_clips = (make_clips(*args, device) for args in zip(sequences, (cfg.frames, 10)))
+    if cfg.batch_size > len(train_clips.frames):
+        raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train_clips.frames)} training clips")
     torch.manual_seed(cfg.seed)
     model = Model(cfg).to(device)
     if world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizers = make_optimizers(model, cfg)
-    steps = max(1, round(cfg.epochs * data.steps_per_epoch))  # of the whole schedule
-    end = min(steps, cfg.max_steps or steps)
-
-    # the run folder: a new one, or that of the run to go on with
-    start, seconds, log = 0, 0.0, []
-    run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    steps = max(1, round(cfg.epochs * (len(train_clips.frames) // cfg.batch_size)))  # of the whole schedule
+    start, seconds = 0, 0.0
     if cfg.resume:
-        run_dir = Path(cfg.run_dir) if cfg.run_dir else last_run_dir(cfg.preset)
         state = read_checkpoint(run_dir / "checkpoint.pt")
         for name, value in state["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and value != getattr(cfg, name):
@@ -688,85 +583,80 @@ def train(cfg: Config) -> dict:
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         start, seconds = state["step"], state["seconds"]
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-        log = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
-    elif main_process:
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume") from None
+    end = max(start, min(steps, cfg.max_steps or steps))
     parameters = sum(p.numel() for part in (model.encoder, model.predictor) for p in part.parameters())
-    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     if main_process:
-        write_atomically(run_dir / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
-        write_atomically(run_dir / "metrics.jsonl", "".join(log).encode())
-        print(f"{cfg.preset} | {name} | encoder and predictor of {parameters:,} parameters | {run_dir}", flush=True)
+        run_dir.mkdir(parents=True, exist_ok=cfg.resume)  # two runs that start together never share a folder
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        print(f"{cfg.preset} | {device_name} | encoder and predictor of {parameters:,} parameters | {run_dir}")
 
     torch.compiler.reset()  # many trainings in one process would reach the limit of recompilations
     compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False) if cfg.compile else losses
-    warm_up_seconds = warm_up(compute_loss, model, cfg, data.batch(start))
-    log_step, log_time, save_time = start, time.perf_counter(), time.perf_counter()
+    log_step, log_time, save_time, first_step_seconds = start, time.perf_counter(), time.perf_counter(), 0.0
     for step in range(start, end):
-        loss, terms, latents = compute_loss(model, cfg, data.batch(step))
+        loss, terms, latents = compute_loss(model, cfg, make_batch(cfg, train_clips, step, rank, world))
         loss.backward()
         if world > 1:
-            average_gradients(model, world)
+            for p in model.parameters():
+                dist.all_reduce(p.grad.div_(world))
         lr = learning_rate(cfg, step, steps)
         for share, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = share * lr
             optimizer.step()
             optimizer.zero_grad()
-
         done = step + 1
-        stop = stop_signals and world == 1
-        if done % cfg.log_every and done < end and not stop:
+        if step == start:  # it compiled: left out of the timings
+            loss.item()  # waits for the device
+            first_step_seconds = time.perf_counter() - log_time
+            log_step, log_time = done, time.perf_counter()
+        if done % cfg.log_every and done < end and not (stop_signals and world == 1):
             continue
-        values = torch.cat((loss.detach()[None], terms, terms.new_tensor([len(stop_signals)])))
+
+        values = torch.cat((terms, terms.new_tensor([len(stop_signals)])))
         if world > 1:
             dist.all_reduce(values)
         *values, signals = (values / world).tolist()  # waits for the device
-        stop = signals > 0
-        values = dict(zip(("loss", *TERMS), values))
-        now = time.perf_counter()
-        seconds += now - log_time
-        broken = [term for term, value in values.items() if not math.isfinite(value)]
-        if broken or not all(p.isfinite().all() for p in model.parameters()):
-            where = ", ".join(broken) or "the weights"
-            raise UserError(f"NaN or Inf at step {done} in {where}; the last checkpoint is kept; try a smaller --lr")
+        values = dict(zip(TERMS, values))
+        milliseconds = 1e3 * (time.perf_counter() - log_time) / max(1, done - log_step)
+        seconds += (done - log_step) * milliseconds / 1e3
+        text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+        if not math.isfinite(values["loss"]) or not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"NaN or Inf at step {done} ({text}): the last checkpoint is kept; try a smaller --lr")
         if main_process:
-            milliseconds, meter = 1e3 * (now - log_time) / (done - log_step), collapse_meter(latents)
+            meter = collapse_meter(latents)
             with open(run_dir / "metrics.jsonl", "a") as file:
-                record = dict(step=done, lr=lr, milliseconds=milliseconds, **values, **meter)
-                file.write(json.dumps(record) + "\n")
-            terms = " ".join(f"{term} {value:.4f}" for term, value in values.items())
-            left, rank = (end - done) * milliseconds / 6e4, meter["effective_rank"]
-            print(f"step {done:05d}/{steps} | {terms} | {milliseconds:.0f} ms | rank {rank:.1f} | {left:.1f} min left")
-            if meter["std_mean"] < 0.05 or rank < 1.5:
-                print("  collapse: latents hardly differ; raise --variance-weight")
+                file.write(json.dumps(dict(step=done, lr=lr, milliseconds=milliseconds, **values, **meter)) + "\n")
+            text += f" | {milliseconds:.0f} ms | rank {meter['effective_rank']:.1f}/{latents.shape[2]}"
+            print(f"step {done:05d}/{steps} | {text} | {(end - done) * milliseconds / 6e4:.1f} min left", flush=True)
+            if meter["std_mean"] < 0.05 or meter["effective_rank"] < 1.5:
+                print("  collapse: the latents hardly differ; raise --variance-weight")
             elif meter["correlation"] > 0.7:
                 print("  collapse: channels repeat each other; raise --covariance-weight")
-            if done == end or stop or now - save_time > cfg.save_every:
-                states = [optimizer.state_dict() for optimizer in optimizers.values()]
-                saved = dict(config=dataclasses.asdict(cfg), step=done, seconds=seconds, model=model.state_dict())
-                save_checkpoint(run_dir / "checkpoint.pt", **saved, optimizers=states)
+            if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
+                # batches and learning rates are functions of (seed, step): an exact resume needs no more than this
+                state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
+                state |= dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers.values()])
+                save_checkpoint(run_dir / "checkpoint.pt", state | dict(rng=torch.get_rng_state()))
                 save_time = time.perf_counter()
-        if stop and done < end:
+        if signals and done < end:
             print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
         log_step, log_time = done, time.perf_counter()
 
     summary = dict(script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=end, parameters=parameters)
-    summary |= dict(device=name, torch=torch.__version__, train_seconds=seconds, warm_up_seconds=warm_up_seconds)
+    summary |= dict(device=device_name, torch=torch.__version__)
+    summary |= dict(train_seconds=round(seconds, 1), first_step_seconds=round(first_step_seconds, 1))
     if main_process and cfg.validation_clips:
-        begin, shown = time.perf_counter(), [x[:6] for x in data.validation]
+        begin, clips = time.perf_counter(), Clips(*(x[: cfg.validation_clips] for x in validation_clips))
         model.eval()
-        summary |= evaluate(model, data.validation) | collapse_meter(model.encode(shown[0]))
-        np.savez_compressed(run_dir / "examples.npz", **make_examples(model, *shown))
-        summary["evaluation_seconds"] = time.perf_counter() - begin
+        summary |= evaluate(model, clips) | collapse_meter(model.encode(clips.frames[:16]).detach())
+        summary["evaluation_seconds"] = round(time.perf_counter() - begin, 1)
+        np.savez_compressed(run_dir / "examples.npz", **make_examples(model, clips.frames[:6], clips.labels[:6]))
     if main_process:
-        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
         print(json.dumps(summary))
     return summary
 
@@ -778,10 +668,11 @@ def parse_args(argv: list[str]) -> Config:
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--run-dir", default="")
-    args, _ = parser.parse_known_args(argv)
-    default = preset(args.preset)
-    if args.resume:
-        run_dir = Path(args.run_dir) if args.run_dir else last_run_dir(args.preset)
+    known, _ = parser.parse_known_args(argv)
+    default = preset(known.preset)
+    if known.resume:
+        newest = max(Path("runs", SCRIPT).glob(f"{known.preset}-*"), default=Path("runs", SCRIPT, known.preset))
+        run_dir = Path(known.run_dir or newest)
         config = read_checkpoint(run_dir / "checkpoint.pt")["config"]
         default = Config(**{**config, "run_dir": str(run_dir), "max_steps": 0})
     return tyro.cli(Config, args=argv, default=default)
@@ -794,7 +685,9 @@ def main() -> None:
         train(parse_args(sys.argv[1:]))
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: choose a smaller --batch-size")
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that must not be written to
+    except torch._dynamo.exc.TorchDynamoException as error:
+        sys.exit(f"error: torch.compile failed: try --no-compile ({str(error).splitlines()[0]})")
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
         sys.exit(f"error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()

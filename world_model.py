@@ -375,6 +375,21 @@ class ClipStream:
         return Trajectories(path.gather(1, frames), action.gather(1, frames[:, :-1]), layout)
 
 
+BLUE, ORANGE, GREY = (0, 114, 178), (230, 159, 0), (120, 120, 120)  # colour-blind safe (Okabe and Ito)
+
+
+def paint(position: Tensor, goal: Tensor | None, layout: Layout) -> Tensor:
+    """RGB pictures [N, 65, 65, 3] uint8 of positions [N, 2]: walls grey, dot blue, goal orange, on white."""
+    dot, walls = (render(position[:, None], layout)[:, 0].float() / 255).unbind(1)
+    picture = torch.full((*walls.shape, 3), 255.0, device=position.device)
+    layers = [(walls, GREY), (dot, BLUE)]
+    if goal is not None:
+        layers.insert(1, (render(goal[:, None], layout)[:, 0, 0].float() / 255, ORANGE))
+    for mask, colour in layers:
+        picture = picture + mask[..., None] * (torch.tensor(colour, device=position.device) - picture)
+    return picture.round().to(torch.uint8)
+
+
 class TwoRooms:
     """`batch` Two Rooms tasks side by side, in the manner of gymnasium.
 
@@ -1301,7 +1316,7 @@ def fit(
     bad = torch.full((1 + len(TERMS),), torch.nan, device=device)
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     synchronize(device)
-    clock, logged, terms = time.perf_counter(), start, None
+    clock, logged, terms, latents = time.perf_counter(), start, None, None
     bar = tqdm(total=end, initial=start, desc="training", leave=False, disable=not main or not sys.stderr.isatty())
     for step in range(start, end + 1):
         last, stop = step == end, stop_wanted(device, step % cfg.log_every == 0)

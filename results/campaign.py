@@ -1,11 +1,11 @@
 """Many runs in one command that goes on where it was stopped.
 
-    python results/campaign.py ablations                            # the cpu presets, shortened, one thing changed at a time
-    python results/campaign.py ablations image_jepa --data data/cifar10    # of one script, with a flag for each of its runs
-    python results/campaign.py gpu --minutes 9                      # on a GPU: benchmark, presets gpu and paper; again until done
+    python results/campaign.py ablations          # the cpu presets, shortened, one thing changed at a time
+    python results/campaign.py ablations image_jepa --data data/cifar10    # of one script; a flag for each of its runs
+    python results/campaign.py gpu --minutes 9    # on a GPU: benchmark, presets gpu and paper; again until done
 
-Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/. What has ended is not
-run again, whatever has changed in flags or code since: remove its folder under runs/ first.
+Ablations go to results/ablations.json, the summaries and figures of the others to results/<script>/. What has ended is
+not run again, whatever has changed in flags or code since: remove its folder under runs/ first.
 """
 
 import argparse
@@ -43,20 +43,19 @@ ABLATIONS = {
         ("linear_accuracy", "knn20_accuracy", "effective_rank", "train_seconds"),
     ),
     "video_jepa": (
-        ["--epochs", "0.3", "--validation-clips", "500"],
+        ["--epochs", "0.3", "--validation-clips", "512"],
         {
             "K = 6": ([], ""),
-            "K = 1": (["--rollout", "1"], ".385"),
-            "K = 2": (["--rollout", "2"], ".524"),
-            "K = 4": (["--rollout", "4"], ".607"),
+            "K = 1": (["--rounds", "1"], ".385"),
+            "K = 2": (["--rounds", "2"], ".524"),
+            "K = 4": (["--rounds", "4"], ".607"),
             "variance 1, covariance 1": (["--variance-weight", "1", "--covariance-weight", "1"], ".259"),
             "variance 0.1, covariance 0.1": (["--variance-weight", "0.1", "--covariance-weight", "0.1"], ""),
-            "nothing handed on": (["--hidden-dim", "0"], ""),
-            "trained on pairs": (["--context", "pairs"], ""),
-            "places not centred": (["--no-centre-places"], ""),
-            "BatchNorm": (["--norm", "batch"], ""),
+            "no hidden state": (["--hidden-dim", "0"], ""),
+            "positions not centred": (["--no-centre-positions"], ""),
+            "batch norm": (["--norm", "batch"], ""),
         },
-        ("map_rounds", "map", "ap_rounds", "effective_rank", "train_seconds"),
+        ("map_parallel", "map_autoregressive", "ap_parallel", "effective_rank", "train_seconds"),
     ),
 }
 
@@ -71,9 +70,11 @@ GPU = [  # in the order of worth: script, name of the run, flags
 
 
 def run(script: str, folder: Path, flags: list[str], deadline: float = float("inf")) -> dict | None:
-    """The summary of one run; trained if it is not there yet, gone on with if it was stopped. None: stopped at the deadline."""
+    """The summary of a run; trained if it is not there, resumed if it was stopped. None: stopped at the deadline."""
     if not (folder / "summary.json").exists():
-        started = ["--resume"] if any(folder.glob("*.pt")) else ["--overwrite"] if folder.exists() else []
+        started = ["--resume"] if any(folder.glob("*.pt")) else []
+        if not started:
+            shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
         command = [sys.executable, f"{script}.py", *flags, *started, "--run-dir", str(folder)]
         process = subprocess.Popen(command, cwd=ROOT)
         try:
@@ -113,8 +114,8 @@ def draw_horizons(rows: dict[str, dict]) -> None:
     axis = figure.subplots()
     for n, (name, row) in enumerate(rows.items()):
         style = dict(marker="osD^v<>pX*"[n % 10], color=f"C{n % 10}", lw=2.5 if n == 0 else 1)
-        axis.plot(range(1, 8), row["ap_rounds"], label=f"{name}: {row['map_rounds']:.2f}", **style)
-    axis.set(xlabel="frames ahead", ylabel="average precision, in rounds")
+        axis.plot(range(1, 8), row["ap_parallel"], label=f"{name}: {row['map_parallel']:.2f}", **style)
+    axis.set(xlabel="frames ahead", ylabel="average precision, parallel rollout")
     axis.grid(alpha=0.3)
     axis.legend(
         fontsize=8, title="run: mAP", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
@@ -126,6 +127,7 @@ def keep(script: str, name: str, folder: Path, results: Path, **facts) -> None:
     """The summary, and of the first seed the figures, into results/<script>/."""
     target = results / script
     target.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, ROOT / "results/draw.py", folder], check=True)
     summary = json.loads((folder / "summary.json").read_text())
     (target / f"{name}.json").write_text(json.dumps(summary | facts, indent=1))
     for figure in [*folder.glob("*.png"), *folder.glob("*.gif")] if name.endswith("-0") else []:

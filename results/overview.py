@@ -14,7 +14,7 @@ def neighbours() -> Image.Image:
 
 
 def rollout() -> Image.Image:
-    """Three clips in three columns, each: truth above what is painted from latents predicted 1, 3 and 5 frames ahead."""
+    """Three clips in three columns, each: true frames above those decoded 1, 3 and 5 frames ahead."""
     gif = Image.open(HERE / "video_jepa/rollout.gif")
     side, frames = gif.height // 2, (2, 4, 6)
     picture = Image.new("RGB", (side * 3, side * 4), "white")

@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-scripts = pytest.mark.parametrize("script", [wm, ij, vj], ids=lambda s: s.SCRIPT)
+scripts = pytest.mark.parametrize("script", [wm, ij], ids=lambda s: s.SCRIPT)  # of video_jepa: test_contract.py
 
 
 def test_tables_are_those_of_the_results():

@@ -337,7 +337,7 @@ def test_the_loss_is_its_formula(loss):
         torch.testing.assert_close(
             torch.stack((variance, covariance)), torch.stack(each).mean(0), check_dtype=False, rtol=1e-4, atol=1e-6
         )
-        parts, sigreg_is = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance, 0
+        parts = parts + cfg.variance_weight * variance + cfg.covariance_weight * covariance
         assert sigreg == 0
     else:
         each = [ij.sigreg_loss(view, batch.directions, knots=7) for view in p]
@@ -504,6 +504,7 @@ def test_it_learns(run):
     first, last = (sum(r["loss"] for r in part) / 2 for part in (log[:2], log[-2:]))
     assert log[-1]["step"] == summary["steps"] and last < first - 0.25  # measured: 5.47, 4.95
     assert summary["linear_accuracy"] > summary["random_encoder_accuracy"] + 5  # measured: 31 against 17
+    subprocess.run([sys.executable, "results/draw.py", path], cwd=ROOT, check=True)
     for name in ("curves", "views", "neighbours", "map"):
         with Image.open(path / f"{name}.png") as picture:
             assert np.array(picture.convert("L")).std() > 5, name

@@ -16,8 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch, rollout, sigreg, variance_covariance
-from kernels import gru_rollout_cost, sigreg_loss, use_triton, variance_covariance_loss
+from kernels import (
+    dispatch,
+    gru_rollout_cost,
+    rollout,
+    sigreg,
+    sigreg_loss,
+    use_triton,
+    variance_covariance,
+    variance_covariance_loss,
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,10 @@ def layout(x, y):
     return Layout(torch.tensor([float(x)]), torch.tensor([float(y)]))
 
 
-def one_move(position, action, rooms=layout(32, 18), noise=None):
+ROOM = layout(32, 18)
+
+
+def one_move(position, action, rooms=ROOM, noise=None):
     noise = None if noise is None else torch.tensor([noise])
     return move(torch.tensor([position]), torch.tensor([action]), obstacles(rooms), noise)[0].tolist()
 
@@ -749,10 +753,14 @@ def test_smoke_run_learns(trained):
     assert len(summary["position_error_px"]) == 90 and summary["episodes"] == 6
 
 
-def test_smoke_run_draws_figures(trained):
+def test_smoke_run_is_drawn(trained, monkeypatch):
     from PIL import Image
 
     folder, _ = trained
+    monkeypatch.syspath_prepend(str(Path(wm.__file__).parent / "results"))
+    import draw
+
+    draw.draw(folder)
     for name in ("curves.png", "unroll.png", "success.png", "map.png"):
         assert len(Image.open(folder / name).convert("RGB").getcolors(1 << 24)) > 50, name
     for name, frames in (("episodes.gif", 20), ("unroll.gif", 91)):

@@ -1,0 +1,339 @@
+"""What every script promises: exact resume, nothing saved is lost, clear errors, several processes, importable.
+
+The scripts of SCRIPTS have the short form of this contract; test_reliability.py is about the others.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import video_jepa as vj
+
+ROOT = Path(__file__).parents[1]
+FAST = {vj: dict(sequences=60, batch_size=4, predictor_width=16, epochs=1, max_steps=24, log_every=6, save_every=0)}
+ENDLESS = {vj: dict(epochs=1000, max_steps=0)}
+SCRIPTS = pytest.mark.parametrize("script", FAST, ids=lambda script: script.SCRIPT)
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+PROCESSES = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def fast(script, folder, **more):
+    """A smoke run of 24 steps without evaluation."""
+    options = {**FAST[script], "run_dir": str(folder), "validation_clips": 0, **more}
+    return script.preset("smoke", **options)
+
+
+def flags(options: dict) -> list[str]:
+    return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def start(script, *arguments, launch=(sys.executable,), cwd=ROOT):
+    command = [*launch, ROOT / f"{script.SCRIPT}.py", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=PROCESSES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_endless(script, folder, *more):
+    options = {**FAST[script], **ENDLESS[script], "run_dir": folder}
+    return start(script, "--preset", "smoke", *flags(options), *more)
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def losses(folder) -> dict[int, float]:
+    """Loss by step; of steps that were logged twice, the last."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records}
+
+
+def wait_until(happened, run, seconds=300):
+    """Until happened() is true of the process `run`, which must not have ended before."""
+    until = time.time() + seconds
+    while not happened():
+        assert run.poll() is None, run.communicate()
+        assert time.time() < until, f"{run.args} has not come so far within {seconds} s"
+        time.sleep(0.02)
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ----------------------------------------------------------------------------------------------- resume, stops, kills
+@SCRIPTS
+@pytest.mark.parametrize("compile", [False, True])
+def test_resume_is_exact_bit_for_bit(script, compile, tmp_path):
+    """In three parts as in one: weights, optimiser, random state and every logged loss."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script.train(fast(script, whole, compile=compile))
+    for stop in (7, 17, 24):
+        script.train(fast(script, parts, compile=compile, max_steps=stop, resume=stop > 7))
+    a, b = checkpoint(whole), checkpoint(parts)
+    assert a["step"] == 24
+    for key in ("model", "optimizers", "rng", "step"):
+        assert_same(a[key], b[key])
+    all_steps = losses(parts)
+    assert losses(whole) == {step: all_steps[step] for step in (6, 12, 18, 24)}
+
+
+@SCRIPTS
+def test_resume_on_the_command_line(script, tmp_path, monkeypatch):
+    """--resume takes the run's own settings, refuses others, and alone finds the newest run of the preset."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs", script.SCRIPT, "smoke-20260101-000000")
+    older = Path("runs", script.SCRIPT, "smoke-20250101-000000")
+    script.train(fast(script, older, max_steps=6))
+    first = fast(script, folder, seed=3, max_steps=6)
+    script.train(first)
+    again = script.parse_args(["--resume", "--preset", "smoke", "--log-every", "3", "--max-steps", "12"])
+    assert again == dataclasses.replace(first, resume=True, max_steps=12, log_every=3)
+    assert script.train(again)["steps"] == 12
+    contradiction = script.parse_args(["--resume", "--run-dir", str(folder), "--seed", "0"])
+    with pytest.raises(script.UserError, match="seed 3, not 0"):
+        script.train(contradiction)
+    with pytest.raises(script.UserError, match="there is no checkpoint"):
+        script.parse_args(["--resume", "--preset", "paper"])
+
+
+@SCRIPTS
+def test_sigkill_loses_at_most_the_steps_since_the_last_checkpoint(script, tmp_path):
+    folder, reached = tmp_path / "run", 0
+    for n in range(3):
+        run = start(script, "--resume", "--run-dir", folder) if n else start_endless(script, folder)
+        wait_until(lambda: (folder / "checkpoint.pt").exists() and checkpoint(folder)["step"] > reached, run)
+        time.sleep(0.13 * n)
+        run.kill()
+        _, error = run.communicate()
+        assert run.returncode == -signal.SIGKILL, error
+        step = checkpoint(folder)["step"]
+        assert step > reached and step % 6 == 0
+        reached = step
+
+
+@SCRIPTS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_so(script, tmp_path, number):
+    folder = tmp_path / "run"
+    run = start_endless(script, folder, "--log-every", "50", "--save-every", "9999")
+    wait_until(lambda: (folder / "config.json").exists(), run)
+    time.sleep(1)
+    run.send_signal(number)
+    output, error = run.communicate(timeout=300)
+    assert run.returncode == 128 + number and not error, error
+    step = checkpoint(folder)["step"]
+    assert step > 0 and f"stopped at step {step}, checkpoint saved: go on with --resume" in output
+
+
+# ---------------------------------------------------------------------------------------------- files, errors, limits
+@SCRIPTS
+def test_damaged_foreign_and_malicious_checkpoints(script, tmp_path):
+    folder = tmp_path / "run"
+    script.train(fast(script, folder, max_steps=6))
+    path = folder / "checkpoint.pt"
+    sound = path.read_bytes()
+    for tenth in range(10):
+        path.write_bytes(sound[: len(sound) * tenth // 10])
+        with pytest.raises(script.UserError, match="is damaged or not a checkpoint"):
+            script.load(folder)
+
+    class Malice:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    torch.save(Malice(), path)
+    with pytest.raises(script.UserError, match="is damaged or not a checkpoint"):
+        script.load(folder)
+    assert not (tmp_path / "hacked").exists()
+    torch.save(dict(format="nanojepa/another/1"), path)
+    with pytest.raises(script.UserError, match="of another script or version"):
+        script.load(folder)
+    with pytest.raises(script.UserError, match="there is no checkpoint"):
+        script.load(tmp_path)
+
+
+@SCRIPTS
+def test_a_run_is_never_written_over(script, tmp_path):
+    folder = tmp_path / "run"
+    script.train(fast(script, folder, max_steps=6))
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(script.UserError, match="exists: choose another --run-dir, or go on with its run by --resume"):
+        script.train(fast(script, folder))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@SCRIPTS
+def test_nan_ends_the_run_and_is_never_saved(script, tmp_path, monkeypatch):
+    folder, losses, steps = tmp_path / "run", script.losses, []
+
+    def poisoned(model, *rest):
+        steps.append(1)
+        loss, *others = losses(model, *rest)
+        return (loss * (torch.nan if len(steps) == 9 else 1), *others)  # a fine loss, but then weights of NaN
+
+    monkeypatch.setattr(script, "losses", poisoned)
+    with pytest.raises(script.UserError, match="NaN or Inf at step 12 .*the last checkpoint is kept"):
+        script.train(fast(script, folder))
+    state = checkpoint(folder)
+    assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--stepz", "3"], 2, "--stepz"),
+        (["--preset", "best"], 2, "best"),
+        (["--batch-size", "many"], 2, "batch-size"),
+        (["--batch-size", "0"], 2, "must be positive"),
+        (["--resume", "--run-dir", "nowhere"], 1, "error: there is no checkpoint nowhere/checkpoint.pt"),
+        (["--device", "cuda"], 1, "error: --device cuda: PyTorch finds no CUDA device here"),
+        (["--preset", "smoke", "--run-dir", "/proc/run"], 1, "error: [Errno"),
+    ],
+)
+def test_mistakes_on_the_command_line(script, arguments, code, message, tmp_path):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    run = start(script, *arguments, cwd=tmp_path)
+    output, error = run.communicate(timeout=300)
+    assert run.returncode == code and message in error and "Traceback" not in error, error
+    assert not list(tmp_path.iterdir())
+
+
+@SCRIPTS
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(script, tmp_path):
+    """On a file system of its own that has room for two checkpoints and not for the third."""
+    script.train(fast(script, tmp_path / "fits", max_steps=6))
+    kilobytes = (tmp_path / "fits/checkpoint.pt").stat().st_size * 3 // 2 // 1024
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    arguments = " ".join(flags({**FAST[script], "validation_clips": 0}))
+    command = f"""mount -t tmpfs -o size={kilobytes}k none {small} || exit 99
+        {sys.executable} {ROOT}/{script.SCRIPT}.py --preset smoke {arguments} --run-dir {small}/run
+        code=$?; cp -r {small}/run {kept}; exit $code"""
+    ended = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True)
+    if "unshare" in ended.stderr or ended.returncode == 99:
+        pytest.skip("no file system can be mounted here")
+    assert ended.returncode == 1 and ended.stderr.startswith("error: ") and "No space left" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1 and checkpoint(kept)["step"] == 6
+
+
+@SCRIPTS
+def test_many_trainings_in_one_process_compile(script, tmp_path):
+    """A sweep in a notebook must not reach the compiler's limit of recompilations, which is eight."""
+    small = {vj: dict(levels=1, frames=6, max_steps=1, log_every=1)}[script]
+    for n in range(10):
+        cfg = fast(script, tmp_path / str(n), compile=True, variance_weight=float(n), **small)
+        assert script.train(cfg)["steps"] == 1
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+GRADIENTS = """
+import os, sys, torch, torch.distributed as dist
+script = __import__(sys.argv[1])
+cfg = script.preset("smoke", sequences=60, batch_size=8, predictor_width=16)
+device, rank, world = script.start_device(cfg)
+torch.manual_seed(0)
+model = script.Model(cfg).double()
+clips = script.make_clips(script.load_sequences(cfg)[0], cfg.frames, device)
+loss, terms, _ = script.losses(model, cfg, script.make_batch(cfg, clips, 3, rank, world))
+loss.backward()
+gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+if world > 1:
+    dist.all_reduce(gradients.div_(world))
+    dist.all_reduce(terms.div_(world))
+if rank == 0:
+    torch.save((gradients, terms), sys.argv[2])
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    """With the anti-collapse statistics over the clips of both."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    for launch, out in (([sys.executable], "one.pt"), (LAUNCH, "two.pt")):
+        command = [*launch, tmp_path / "gradients.py", "video_jepa", tmp_path / out]
+        ended = subprocess.run(command, env=PROCESSES, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    (one, terms), (two, terms2) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10 * one.abs().max().item())
+    torch.testing.assert_close(terms, terms2, rtol=1e-10, atol=0)
+
+
+@SCRIPTS
+def test_a_run_moves_between_one_and_two_processes(script, tmp_path):
+    """Twelve steps on one, six on two, which then stop at SIGTERM, the rest on one: about the losses of one alone."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    script.train(fast(script, folder, max_steps=12))
+    arguments = ["--resume", "--run-dir", folder, "--max-steps", "18"]
+    ended = subprocess.run(
+        [*LAUNCH, ROOT / f"{script.SCRIPT}.py", *arguments], env=PROCESSES, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert checkpoint(folder)["step"] == 18
+    script.train(fast(script, folder, resume=True))
+    script.train(fast(script, whole))
+    one, moved = losses(whole), losses(folder)
+    assert one[12] == moved[12] and moved[18] == pytest.approx(one[18], rel=0.02)
+
+
+def test_batch_norm_over_several_processes_needs_gpus(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(vj.UserError, match="needs GPUs"):
+        vj.start_device(vj.preset("paper", device="cpu"))
+    with pytest.raises(vj.UserError, match="does not divide over 2 processes"):
+        vj.start_device(vj.preset("smoke", device="cpu", batch_size=7))
+
+
+# --------------------------------------------------------------------------------------------------- the script itself
+@SCRIPTS
+def test_presets_and_fields_have_no_dead_names(script):
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    assert len(fields) <= 40 and script.MAY_CHANGE_ON_RESUME <= fields
+    assert list(script.PRESETS) == ["gpu", "paper", "cpu", "smoke"] and not script.PRESETS["paper"]
+    tree = ast.parse((ROOT / f"{script.SCRIPT}.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert fields <= read | {"resume"}, fields - read
+
+
+@SCRIPTS
+def test_help_shows_every_field_with_its_meaning(script):
+    command = [sys.executable, f"{script.SCRIPT}.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    words = " ".join(shown.replace("│", " ").split())
+    lines = inspect.getsource(script.Config).splitlines()
+    for field in dataclasses.fields(script.Config):
+        (line,) = [line for line in lines if line.startswith(f"    {field.name}: ")]
+        assert "--" + field.name.replace("_", "-") in words and line.split("  # ")[1] in words, line
+
+
+@SCRIPTS
+def test_importing_does_nothing(script):
+    code = (
+        "import torch; before = torch.get_rng_state()\n"
+        f"import {script.SCRIPT}\n"
+        "assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stdout and not ended.stderr, ended.stderr
