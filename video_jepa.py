@@ -83,10 +83,8 @@ class Config:
     latent_dim: int = 16  # channels of a latent map
     encoder_width: int = 32  # channels of the encoder's first stage
     predictor_width: int = 32  # channels of the U-Net's finest level; they double at each coarser one
-    levels: int = 4  # of the U-Net
-    pool: bool = False  # between levels: max-pooling; off: convolutions of stride 2
+    levels: int = 4  # of the U-Net; at 1 it is a plain residual network
     norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each position
-    residual: bool = False  # predict the change of the state
     hidden_dim: int = 0  # channels of the hidden state that a prediction passes on to the next
     projector_width: int = 64  # hidden and output features of the projector
     # loss
@@ -117,14 +115,16 @@ class Config:
 
 
 # What all other presets change: coarse latent maps, a predictor without batch norm, Muon.
-FAST = dict(levels=2, pool=True, norm="layer", residual=True, centre_positions=True, rounds=6, stride=8)
-FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine")
-CPU = dict(FAST, encoder_width=16, predictor_width=64, hidden_dim=32, frames=8, batch_size=16, compile=False)
+FAST = dict(levels=1, norm="layer", centre_positions=True, rounds=6, stride=8)
+FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine", prediction_weight=2.0)
+CPU = dict(FAST, encoder_width=16, predictor_width=96, hidden_dim=32, frames=8, batch_size=8, compile=False)
 PRESETS: dict[str, dict] = {
-    "gpu": dict(FAST, predictor_width=128, hidden_dim=64, epochs=20),  # not tuned on a GPU yet
+    "gpu": dict(FAST, predictor_width=192, hidden_dim=64, epochs=20),  # not tuned on a GPU yet
     "paper": {},
-    "cpu": dict(CPU, epochs=1.5),  # ten minutes on two cores
-    "smoke": dict(CPU, data="digits", sequences=400, rounds=4, epochs=1, batch_size=8, validation_clips=64),  # a minute
+    "cpu": dict(CPU, epochs=2.2),  # ten minutes on two cores
+    "smoke": dict(
+        CPU, data="digits", sequences=400, predictor_width=32, rounds=4, epochs=1, validation_clips=64, log_every=10
+    ),
 }
 MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "device", "compile", "kernels", "data_dir", "max_steps"}
 MAY_CHANGE_ON_RESUME |= {"validation_clips", "log_every", "save_every"}
@@ -152,7 +152,7 @@ def load_sequences(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
         elif cfg.data == "mnist":
             train, validation = (MNIST(cfg.data_dir, part, download=True).data.numpy() for part in (True, False))
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError) as error:
-        raise UserError(f"cannot read or download {folder} ({error}); if a file there is damaged, delete it") from None
+        raise UserError(f"cannot read {folder} ({error}): if it is there, delete it to download it again") from None
     if cfg.data == "moving-mnist":
         if data.dtype != np.uint8 or data.shape != (max(10, len(data)), 20, SIZE, SIZE):
             raise UserError(f"{folder}: expected uint8 [20, N >= 10, 64, 64], got {data.dtype} {data.shape}")
@@ -236,15 +236,14 @@ def residual_block(inputs: int, outputs: int, norm, stride: int = 1) -> BasicBlo
 class UNet(nn.Module):
     """Residual U-Net [N, inputs, h, w] -> [N, outputs, h, w]; channels double at each coarser level."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, levels: int, norm, pool: bool):
+    def __init__(self, inputs: int, outputs: int, width: int, levels: int, norm):
         super().__init__()
-        self.pool = pool
         self.stem = nn.Sequential(conv3x3(inputs, width), norm(width), nn.ReLU())
         self.down = nn.ModuleList([residual_block(width, width, norm)])
         self.up = nn.ModuleList()
         widths = [width * 2**level for level in range(levels - 1)]  # those of all levels but the coarsest
         for fine in widths:
-            self.down.append(residual_block(fine, 2 * fine, norm, stride=1 if pool else 2))
+            self.down.append(residual_block(fine, 2 * fine, norm, stride=2))
         for fine in reversed(widths):
             upsample = nn.ConvTranspose2d(2 * fine, fine, 2, 2)
             self.up.append(nn.ModuleList([upsample, residual_block(2 * fine, fine, norm)]))
@@ -253,8 +252,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         maps = []  # one a level, finest first
-        for level, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if level > 0 and self.pool else x)
+        for block in self.down:
+            x = block(x)
             maps.append(x)
         for (upsample, block), finer in zip(self.up, reversed(maps[:-1])):
             x = block(torch.cat((upsample(x), finer), 1))
@@ -269,7 +268,7 @@ class Model(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.hidden_dim, self.residual, self.batch_norm = cfg.hidden_dim, cfg.residual, cfg.norm == "batch"
+        self.hidden_dim, self.batch_norm = cfg.hidden_dim, cfg.norm == "batch"
         C, S, W, P = cfg.latent_dim, cfg.latent_dim + cfg.hidden_dim, cfg.encoder_width, cfg.projector_width
         norm = nn.BatchNorm2d if self.batch_norm else LayerNorm2d
         strides = [2 if cfg.stride >= factor else 1 for factor in (2, 4, 8)]
@@ -281,13 +280,12 @@ class Model(nn.Module):
             residual_block(W, 2 * W, norm, strides[1]),
             residual_block(2 * W, C, norm, strides[2]),
         )
-        self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm, cfg.pool)
+        self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm)
         norm1d = nn.BatchNorm1d(P) if self.batch_norm else nn.Identity()
         self.projector = nn.Sequential(nn.Linear(C, P), norm1d, nn.ReLU(), nn.Linear(P, P, bias=False))
         conv = lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1)
         self.detector = nn.Sequential(nn.AdaptiveAvgPool2d(CELLS), conv(C, 32), nn.ReLU(), conv(32, 1))
         self.decoder = nn.Sequential(conv(C, C), nn.ReLU(), conv(C, cfg.stride**2), nn.PixelShuffle(cfg.stride))
-        self.to(memory_format=torch.channels_last)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames [B, T, 64, 64] as uint8, or as floats in [0, 1] -> latents [B, T, C, h, w]."""
@@ -299,8 +297,7 @@ class Model(nn.Module):
     def predict(self, before: Tensor, last: Tensor) -> Tensor:
         """Two successive states [B, n, S, h, w] each -> the next one [B, n, S, h, w]."""
         pairs = torch.cat((before, last), 2).flatten(0, 1)
-        y = self.predictor(pairs).unflatten(0, last.shape[:2])
-        return last + y if self.residual else y
+        return self.predictor(pairs).unflatten(0, last.shape[:2])
 
     def initial_state(self, z: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> states [B, T, S, h, w] with a hidden state of zero."""
@@ -397,45 +394,28 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+class Muon(torch.optim.Muon):
+    """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
 
-    torch.optim.Muon takes 2-D parameters only; here a convolution counts as a matrix [outputs, all the rest]."""
+    PyTorch's takes matrices only: it gets views [outputs, all the rest] of the weights, which share their memory."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, weights: list[nn.Parameter]):
+        self.weights = weights
+        super().__init__([w.data.view(len(w), -1) for w in weights], momentum=0.9, weight_decay=0.01)
 
-    @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            lr, mu = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(mu).add_(p.grad)
-                update = orthogonalise((p.grad + mu * momentum).flatten(1))
-                p.mul_(1 - lr * group["weight_decay"]).add_(update.view_as(p), alpha=-lr)
-
-
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """About the closest semi-orthogonal matrix to [n, m], times sqrt(max(1, n / m)): five Newton-Schulz iterations."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    n, m = matrix.shape
-    x = (matrix.mT if n > m else matrix).bfloat16()  # the iteration forgives rounding
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        y = x @ x.mT
-        x = a * x + (b * y + c * y @ y) @ x
-    return (x.mT if n > m else x).to(matrix.dtype) * max(1, n / m) ** 0.5
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
+            matrix.grad = weight.grad.flatten(1)
+        super().step()
 
 
 def make_optimizers(model: Model, cfg: Config) -> dict[float, torch.optim.Optimizer]:
-    """Optimisers by the share of the learning rate that they use."""
+    """Optimisers by their share of the learning rate."""
     if cfg.optimizer == "adam":
-        return {1.0: torch.optim.Adam(model.parameters(), fused=True)}
+        return {1.0: torch.optim.Adam(model.parameters())}
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    return {1.0: Muon(matrices, cfg.lr), 0.1: torch.optim.Adam(vectors, betas=(0.9, 0.98), fused=True)}
+    return {1.0: Muon(matrices), 0.1: torch.optim.Adam(vectors, betas=(0.9, 0.98))}
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -606,7 +586,7 @@ def train(cfg: Config) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = share * lr
             optimizer.step()
-            optimizer.zero_grad()
+        model.zero_grad()
         done = step + 1
         if step == start:  # it compiled: left out of the timings
             loss.item()  # waits for the device
@@ -642,7 +622,8 @@ def train(cfg: Config) -> dict:
                 save_checkpoint(run_dir / "checkpoint.pt", state | dict(rng=torch.get_rng_state()))
                 save_time = time.perf_counter()
         if signals and done < end:
-            print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
+            if main_process:
+                print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
         log_step, log_time = done, time.perf_counter()
 
