@@ -3,13 +3,14 @@
     z_t   = encode(frame_t)                             latent map of each frame of a clip, t = 0..9
     s_t^0 = (z_t, 0)                                    state: the latent, and a hidden state that starts at zero
     s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})       round k of the parallel rollout: all frames t > 1 at once
-    loss  = mean_k |project(s^k) - project(z)|^2        no stop-gradient and no moving average: two terms on the
-            + 10 variance + 100 covariance              projected latents keep them from collapsing (kernels/)
+    loss  = mean_k |project(s^k) - project(z)|^2        of the latent part of s^k, a mean over all frames, without
+            + w_v variance + w_c covariance             stop-gradient or moving average: the terms on project(z)
+                                                        keep the latents from collapsing (kernels/)
 
-The first two states stay the true ones, so in round k a prediction lies k frames ahead of the newest true frame that it
-draws on. Two heads read detached latents and teach the encoder nothing: a detector says in which of 8 x 8 cells the
-centres of digits lie, a decoder shows the frame. The measure is the detector's average precision (AP) on latents that
-are predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
+In round k, frame t > k draws on the true frames t - 2k .. t - k only, so it is predicted k frames ahead; frames up to k
+stay as they were, the first two true. Two heads read detached latents and teach the encoder nothing: a detector says
+in which of 8 x 8 cells the centres of digits lie, a decoder shows the frame. The measure is the detector's average
+precision (AP) on latents that are predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
 
     python video_jepa.py                                       # moving digits of MNIST
     python video_jepa.py --data digits                         # moving digits of scikit-learn: needs no files
@@ -52,9 +53,9 @@ from kernels import use_triton, variance_covariance_loss
 SCRIPT = "video_jepa"
 FORMAT = "nanojepa/video_jepa/2"  # of a checkpoint
 SIZE, DIGIT = 64, 28  # side of a frame and of a digit, px
+FRAMES = 10  # of a clip
 CELLS = 8  # of the detection map, along each axis
 HORIZONS = range(1, 8)  # k, frames ahead, at which predictions are measured
-TERMS = ("loss", "prediction", "variance", "covariance", "detection", "decoding")
 
 
 class UserError(ValueError):
@@ -69,22 +70,21 @@ class Config:
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights and of the order of clips
     run_dir: str = ""  # folder of this run; empty: runs/video_jepa/<preset>-<date>-<time>
-    resume: bool = False  # go on with the run in run_dir; on the command line, if that is empty, with the newest
+    resume: bool = False  # go on with the run in run_dir; if that is empty, with the newest of the preset
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: bool = True  # torch.compile the loss
     kernels: bool = True  # fused Triton losses on NVIDIA GPUs; off: plain PyTorch
     # data
     data: Literal["mnist", "digits", "moving-mnist"] = "mnist"  # moving digits of MNIST or scikit-learn; published file
     data_dir: str = "data"  # where downloaded files lie, in torchvision's layout
-    sequences: int = 10000  # of 20 frames, nine tenths of them to train; the published file has its own number
-    frames: int = 10  # of a training clip: sequences are cut into clips; those to validate on have 10
+    sequences: int = 10000  # of two clips each, nine tenths of them to train; the published file has its own number
     # model
     stride: Literal[1, 2, 4, 8] = 1  # pixels of a frame per position of a latent map, along each axis
     latent_dim: int = 16  # channels of a latent map
     encoder_width: int = 32  # channels of the encoder's first stage
     predictor_width: int = 32  # channels of the U-Net's finest level; they double at each coarser one
     levels: int = 4  # of the U-Net; at 1 it is a plain residual network
-    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each position
+    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each position; none in the projector
     hidden_dim: int = 0  # channels of the hidden state that a prediction passes on to the next
     projector_width: int = 64  # hidden and output features of the projector
     # loss
@@ -92,7 +92,7 @@ class Config:
     prediction_weight: float = 1.0  # mean squared error of projected predictions
     variance_weight: float = 10.0  # hinge loss on the standard deviation of each projected feature
     covariance_weight: float = 100.0  # squared off-diagonal covariances of projected features
-    centre_positions: bool = False  # for these two, subtract each position's mean over clips and frames first
+    centre_positions: bool = False  # in variance and covariance, subtract each position's mean first
     # optimisation
     epochs: float = 50.0  # passes over the training clips
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
@@ -108,23 +108,23 @@ class Config:
     def __post_init__(self):
         if min(self.batch_size, self.rounds, self.levels, self.log_every, self.epochs, self.lr) <= 0:
             raise UserError("--batch-size, --rounds, --levels, --log-every, --epochs and --lr must be positive")
-        if not self.rounds + 2 <= self.frames <= 20:
-            raise UserError(f"--frames must be from --rounds + 2 = {self.rounds + 2} to 20, got {self.frames}")
+        if min(self.max_steps, self.validation_clips, self.sequences - 10, self.latent_dim - 2) < 0:
+            raise UserError("least --max-steps 0, --validation-clips 0, --sequences 10, --latent-dim 2")
+        if self.rounds > FRAMES - 2:
+            raise UserError(f"--rounds can be {FRAMES - 2} at most: the first two of {FRAMES} frames are given")
         if SIZE // self.stride % 2 ** (self.levels - 1):
             raise UserError(f"--levels {self.levels} is too many for latent maps of {SIZE // self.stride} px")
 
 
-# What all other presets change: coarse latent maps, a predictor without batch norm, Muon.
-FAST = dict(levels=1, norm="layer", centre_positions=True, rounds=6, stride=8)
+# What all other presets change.
+FAST = dict(levels=1, norm="layer", centre_positions=True, stride=8)
 FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine", prediction_weight=2.0)
-CPU = dict(FAST, encoder_width=16, predictor_width=96, hidden_dim=32, frames=8, batch_size=8, compile=False)
+CPU = dict(FAST, encoder_width=16, predictor_width=96, hidden_dim=32, batch_size=8, compile=False)
 PRESETS: dict[str, dict] = {
     "gpu": dict(FAST, predictor_width=192, hidden_dim=64, epochs=20),  # not tuned on a GPU yet
     "paper": {},
-    "cpu": dict(CPU, epochs=2.2),  # ten minutes on two cores
-    "smoke": dict(
-        CPU, data="digits", sequences=400, predictor_width=32, rounds=4, epochs=1, validation_clips=64, log_every=10
-    ),
+    "cpu": dict(CPU, epochs=1.9),  # ten minutes on two cores
+    "smoke": dict(CPU, data="digits", sequences=400, predictor_width=32, epochs=1, validation_clips=64, log_every=10),
 }
 MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "device", "compile", "kernels", "data_dir", "max_steps"}
 MAY_CHANGE_ON_RESUME |= {"validation_clips", "log_every", "save_every"}
@@ -144,24 +144,26 @@ class Clips(NamedTuple):
 def load_sequences(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
     """Sequences [N, 20, 64, 64] uint8 to train and to validate on. A new data set is another branch here.
 
-    The published file is split as published, so digits occur in both parts; of digits that are moved here none does."""
+    In the published split the same digits may occur in both parts; of the digits moved here none do."""
     folder = Path(cfg.data_dir, "MovingMNIST" if cfg.data == "moving-mnist" else "MNIST/raw")
     try:
         if cfg.data == "moving-mnist":
             data = MovingMNIST(cfg.data_dir, split=None, download=True).data[:, :, 0].numpy()
         elif cfg.data == "mnist":
             train, validation = (MNIST(cfg.data_dir, part, download=True).data.numpy() for part in (True, False))
+        else:
+            digits = load_digits().images.repeat(3, 1).repeat(3, 2)  # [1797, 8, 8] from 0 to 16 -> [1797, 24, 24]
+            digits = np.pad(255 / 16 * digits, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+            train, validation = digits[:1500], digits[1500:]
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError) as error:
         raise UserError(f"cannot read {folder} ({error}): if it is there, delete it to download it again") from None
     if cfg.data == "moving-mnist":
-        if data.dtype != np.uint8 or data.shape != (max(10, len(data)), 20, SIZE, SIZE):
-            raise UserError(f"{folder}: expected uint8 [20, N >= 10, 64, 64], got {data.dtype} {data.shape}")
-        order = np.random.RandomState(2025).permutation(len(data))
+        if data.dtype != np.uint8 or data.shape[1:] != (20, SIZE, SIZE) or len(data) < 10:
+            raise UserError(
+                f"{folder} must hold uint8 [20, N >= 10, 64, 64]; with N first it is {data.dtype} {data.shape}"
+            )
+        order = np.random.RandomState(2025).permutation(len(data))  # the published split
         return data[order[: len(data) * 9 // 10]], data[order[len(data) * 9 // 10 :]]
-    if cfg.data == "digits":
-        digits = load_digits().images.repeat(3, 1).repeat(3, 2)  # [1797, 8, 8] from 0 to 16 -> [1797, 24, 24]
-        digits = np.pad(255 / 16 * digits, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
-        train, validation = digits[:1500], digits[1500:]
     n = cfg.sequences // 10
     return move_digits(train, cfg.sequences - n, seed=0), move_digits(validation, n, seed=1)
 
@@ -192,11 +194,11 @@ def move_digits(digits: np.ndarray, n: int, seed: int) -> np.ndarray:
 def detection_labels(frames: np.ndarray) -> np.ndarray:
     """Frames [N, H, W] uint8 -> cells [N, 8, 8] bool that hold the centre of a digit, as published.
 
-    A digit is a connected piece (corners connect) of the pixels above the middle between the frame's darkest and its
-    brightest; a piece in a hole of another belongs to it; the centre is that of the bounding box."""
-    neighbours = np.zeros((3, 3, 3), bool)
-    neighbours[1] = True  # all eight of the same frame
-    four_neighbours = neighbours & ndimage.generate_binary_structure(3, 1)
+    Digits are the 8-connected components of the pixels above (min + max) / 2 of the frame, holes filled; the centre is
+    that of the bounding box. Digits that touch count as one, a broken one as several."""
+    neighbours = np.zeros((3, 3, 3), bool)  # of a pixel, in frame, row and column: one call for all frames
+    neighbours[1] = True
+    four_neighbours = neighbours & ndimage.generate_binary_structure(3, 1)  # holes are 4-connected
     middle = (frames.min((1, 2), keepdims=True).astype(float) + frames.max((1, 2), keepdims=True)) / 2
     filled = ndimage.binary_fill_holes(frames > middle, structure=four_neighbours)
     pieces, _ = ndimage.label(filled, structure=neighbours)
@@ -207,12 +209,12 @@ def detection_labels(frames: np.ndarray) -> np.ndarray:
     return labels
 
 
-def make_clips(sequences: np.ndarray, length: int, device: torch.device) -> Clips:
-    """Sequences [N, 20, 64, 64] cut into clips of `length` frames, with their labels."""
-    frames = np.ascontiguousarray(sequences[:, : 20 // length * length]).reshape(-1, SIZE, SIZE)
+def make_clips(sequences: np.ndarray, device: torch.device) -> Clips:
+    """Sequences [N, 20, 64, 64], each cut into two clips, with their labels."""
+    frames = np.ascontiguousarray(sequences).reshape(-1, SIZE, SIZE)
     chunks = np.array_split(frames, math.ceil(len(frames) / 1000))
     labels = np.concatenate([detection_labels(chunk) for chunk in tqdm(chunks, "labels", leave=False, disable=None)])
-    return Clips(*(torch.from_numpy(x).unflatten(0, (-1, length)).to(device) for x in (frames, labels)))
+    return Clips(*(torch.from_numpy(x).unflatten(0, (-1, FRAMES)).to(device) for x in (frames, labels)))
 
 
 def make_batch(cfg: Config, clips: Clips, step: int, rank: int = 0, world: int = 1) -> Clips:
@@ -278,7 +280,7 @@ class Model(nn.Module):
             nn.ReLU(),
             residual_block(W, W, norm),
             residual_block(W, 2 * W, norm, strides[1]),
-            residual_block(2 * W, C, norm, strides[2]),
+            residual_block(2 * W, C, norm, strides[2]),  # ends in a ReLU: latents are not negative, predictions may be
         )
         self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm)
         norm1d = nn.BatchNorm1d(P) if self.batch_norm else nn.Identity()
@@ -289,7 +291,7 @@ class Model(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames [B, T, 64, 64] as uint8, or as floats in [0, 1] -> latents [B, T, C, h, w]."""
-        images = frames.flatten(0, 1)[:, None].contiguous(memory_format=torch.channels_last)
+        images = frames.flatten(0, 1)[:, None]
         if frames.dtype == torch.uint8:
             images = images.to(next(self.parameters()).dtype) / 255
         return self.encoder(images).unflatten(0, frames.shape[:2])
@@ -304,14 +306,14 @@ class Model(nn.Module):
         return F.pad(z, (0, 0, 0, 0, 0, self.hidden_dim))
 
     def parallel_rollout(self, z: Tensor, rounds: int) -> list[Tensor]:
-        """Latents of clips [B, T, C, h, w] -> those after each round [B, T, C, h, w]; the first two stay the true ones.
+        """Latents of clips [B, T, C, h, w], T >= rounds + 2 -> a list of those after each round [B, T, C, h, w].
 
-        Of round k = 1.. the frames from k + 1 on, counted from 0, are predicted k frames ahead."""
+        In the k-th, k = 1.., frames t > k (from 0) are predicted k frames ahead."""
         T, C = z.shape[1:3]
         state, latents = self.initial_state(z), []
         for k in range(1, rounds + 1):
-            # Frames up to k are final before round k, and the last pair predicts a frame beyond the clip. So neither is
-            # needed, but batch norm counts them: as published, its statistics are those of all pairs.
+            # Only frames k + 1 .. T - 1 change in round k. With batch norm all pairs are predicted, as published: its
+            # statistics are theirs. The last of these predictions lies beyond the clip and is cut off.
             first, end = (0, T - 1) if self.batch_norm else (k - 1, T - 2)
             y = self.predict(state[:, first:end], state[:, first + 1 : end + 1])
             state = torch.cat((state[:, : first + 2], y), 1)[:, :T]
@@ -342,27 +344,28 @@ class Model(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- the loss
 def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (a scalar), its terms in the order of TERMS (detached), latents [B, T, C, h, w] (detached).
+    """-> the loss (a scalar), its terms (detached), latents [B, T, C, h, w] (detached).
 
-    Another loss: a term here, its name in TERMS and its weight in Config."""
+    Another anti-collapse loss replaces `variance_covariance_loss`; its samples are the rows of `p`."""
     z = model.encode(clips.frames)
     target = model.project(z)
-    states = model.parallel_rollout(z, cfg.rounds)
-    prediction = torch.stack([F.mse_loss(model.project(latents), target) for latents in states]).mean()
-    rows = target.flatten(0, 1)  # [B T, h, w, P]
+    rounds = model.parallel_rollout(z, cfg.rounds)
+    prediction = torch.stack([F.mse_loss(model.project(latents), target) for latents in rounds]).mean()
+    p = target.flatten(0, 1)  # [B T, h, w, P]
     if dist.is_initialized():
-        rows = torch.cat(all_gather(rows))  # statistics over the clips of all processes
+        p = torch.cat(all_gather(p))  # statistics over the clips of all processes
     if cfg.centre_positions:
         # what is the same in every frame, such as a code of the position, must not count as spread
-        rows = rows - rows.mean(0)
-    variance, covariance = variance_covariance_loss(rows.flatten(0, -2))
+        p = p - p.mean(0)
+    variance, covariance = variance_covariance_loss(p.flatten(0, -2))
     logits = model.detector(z.detach().flatten(0, 1))
     detection = F.binary_cross_entropy_with_logits(logits, clips.labels.flatten(0, 1)[:, None].to(z.dtype))
     decoding = F.mse_loss(model.decode(z.detach()), clips.frames.to(z.dtype) / 255)
     loss = cfg.prediction_weight * prediction + cfg.variance_weight * variance + cfg.covariance_weight * covariance
     loss = loss + detection + decoding
-    terms = torch.stack((loss, prediction, variance, covariance, detection, decoding))
-    return loss, terms.detach(), z.detach()
+    terms = dict(loss=loss, prediction=prediction, variance=variance, covariance=covariance)
+    terms |= dict(detection=detection, decoding=decoding)
+    return loss, {name: term.detach() for name, term in terms.items()}, z.detach()
 
 
 @torch.no_grad()
@@ -373,14 +376,11 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
     standard deviation of a channel; mean |off-diagonal correlation|."""
     z = z[:16].to("cpu", torch.float64)
     z = (z - z.mean((0, 1))).movedim(2, -1).flatten(0, -2)  # [N, C]
-    covariance = z.T @ z / len(z)
-    std = covariance.diagonal().sqrt()
-    singular = torch.linalg.eigvalsh(covariance).clamp(min=1e-24).sqrt()
-    p = singular / singular.sum()
-    correlation = (covariance / (std[:, None] * std).clamp(min=1e-12)).fill_diagonal_(0)
-    rank = torch.exp(-(p * p.log()).sum())
-    mean_correlation = correlation.abs().sum() / (len(std) * (len(std) - 1))
-    values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=mean_correlation)
+    std = z.std(0)
+    p = F.normalize(torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt(), p=1, dim=0)
+    correlation = torch.corrcoef(z.T).nan_to_num().fill_diagonal_(0).abs().sum() / (len(std) * (len(std) - 1))
+    rank = torch.special.entr(p).sum().exp()
+    values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=correlation)
     return {name: value.item() for name, value in values.items()}
 
 
@@ -397,7 +397,8 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 class Muon(torch.optim.Muon):
     """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
 
-    PyTorch's takes matrices only: it gets views [outputs, all the rest] of the weights, which share their memory."""
+    PyTorch's takes matrices only: it gets views [first axis, all the rest] of the weights, which share their memory. So
+    the model must be on its device before."""
 
     def __init__(self, weights: list[nn.Parameter]):
         self.weights = weights
@@ -409,13 +410,13 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
-def make_optimizers(model: Model, cfg: Config) -> dict[float, torch.optim.Optimizer]:
-    """Optimisers by their share of the learning rate."""
+def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
+    """Pairs of an optimiser's share of the learning rate and the optimiser."""
     if cfg.optimizer == "adam":
-        return {1.0: torch.optim.Adam(model.parameters())}
+        return [(1.0, torch.optim.Adam(model.parameters()))]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    return {1.0: Muon(matrices), 0.1: torch.optim.Adam(vectors, betas=(0.9, 0.98))}
+    return [(1.0, Muon(matrices)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -427,7 +428,7 @@ def average_precisions(scores: list[Tensor], labels: Tensor) -> list[float]:
 
 @torch.no_grad()
 def evaluate(model: Model, clips: Clips, batch_size: int = 64) -> dict:
-    """Average precision of the detector for k = 1..7 frames ahead: the mean over batches of clips, as published.
+    """Average precision of the detector k = 1..7 frames ahead on clips of nine frames or more: a mean over batches.
 
     ap_parallel: in round k of the parallel rollout, the published measure. ap_autoregressive: from two true frames.
     Baselines: ap_last_frame, the last true latent instead of a prediction; ap_true_frames, the true latents."""
@@ -436,9 +437,10 @@ def evaluate(model: Model, clips: Clips, batch_size: int = 64) -> dict:
         z = model.encode(frames)  # [B, T, C, h, w]
         T = z.shape[1]
         true = model.detect(z)
-        rounds = model.parallel_rollout(z, 7)
+        rounds = model.parallel_rollout(z, len(HORIZONS))
         pairs = torch.stack((z[:, :-1], z[:, 1:]), 2).flatten(0, 1)  # [B (T - 1), 2, C, h, w]
-        ahead = model.detect(model.autoregressive_rollout(pairs, 7)).unflatten(0, (-1, T - 1))  # [B, T - 1, 7, 8, 8]
+        future = model.autoregressive_rollout(pairs, len(HORIZONS))
+        ahead = model.detect(future).unflatten(0, (-1, T - 1))  # [B, T - 1, 7, 8, 8]
         scores = {  # of frames k + 1 .. T - 1, which can be predicted k ahead from two true frames
             "ap_parallel": [model.detect(rounds[k - 1][:, k + 1 :]) for k in HORIZONS],
             "ap_autoregressive": [ahead[:, : T - 1 - k, k - 1] for k in HORIZONS],
@@ -516,7 +518,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
     kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if world > 1 and cfg.batch_size % world:
+    if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide over {world} processes")
     if world > 1 and cfg.norm == "batch" and kind != "cuda":
         raise UserError("batch norm over several processes needs GPUs: use --norm layer, or one process")
@@ -540,10 +542,10 @@ def train(cfg: Config) -> dict:
         raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume")
     if rank > 0:
         dist.barrier()  # until the first process has downloaded the files
-    sequences = load_sequences(cfg)
+    train_sequences, validation_sequences = load_sequences(cfg)
     if world > 1 and main_process:
         dist.barrier()
-    train_clips, validation_clips = (make_clips(*args, device) for args in zip(sequences, (cfg.frames, 10)))
+    train_clips = make_clips(train_sequences, device)
     if cfg.batch_size > len(train_clips.frames):
         raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(train_clips.frames)} training clips")
     torch.manual_seed(cfg.seed)
@@ -559,7 +561,7 @@ def train(cfg: Config) -> dict:
             if name not in MAY_CHANGE_ON_RESUME and value != getattr(cfg, name):
                 raise UserError(f"--resume: this run has {name} {value}, not {getattr(cfg, name)}")
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers.values(), state["optimizers"]):
+        for (_, optimizer), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         start, seconds = state["step"], state["seconds"]
@@ -574,7 +576,7 @@ def train(cfg: Config) -> dict:
 
     torch.compiler.reset()  # many trainings in one process would reach the limit of recompilations
     compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False) if cfg.compile else losses
-    log_step, log_time, save_time, first_step_seconds = start, time.perf_counter(), time.perf_counter(), 0.0
+    log_step, log_time, save_time = start, time.perf_counter(), time.perf_counter()
     for step in range(start, end):
         loss, terms, latents = compute_loss(model, cfg, make_batch(cfg, train_clips, step, rank, world))
         loss.backward()
@@ -582,24 +584,24 @@ def train(cfg: Config) -> dict:
             for p in model.parameters():
                 dist.all_reduce(p.grad.div_(world))
         lr = learning_rate(cfg, step, steps)
-        for share, optimizer in optimizers.items():
+        for share, optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * lr
             optimizer.step()
         model.zero_grad()
         done = step + 1
-        if step == start:  # it compiled: left out of the timings
-            loss.item()  # waits for the device
-            first_step_seconds = time.perf_counter() - log_time
+        if step == start:
+            loss.item()  # waits for the device; the first step compiled and is left out of the timings
             log_step, log_time = done, time.perf_counter()
-        if done % cfg.log_every and done < end and not (stop_signals and world == 1):
+        log_now = done % cfg.log_every == 0 or done == end
+        if not (log_now or stop_signals and world == 1):  # several processes stop together, at a log line
             continue
 
-        values = torch.cat((terms, terms.new_tensor([len(stop_signals)])))
+        values = torch.stack([*terms.values(), terms["loss"].new_tensor(len(stop_signals))])
         if world > 1:
             dist.all_reduce(values)
         *values, signals = (values / world).tolist()  # waits for the device
-        values = dict(zip(TERMS, values))
+        values = dict(zip(terms, values))
         milliseconds = 1e3 * (time.perf_counter() - log_time) / max(1, done - log_step)
         seconds += (done - log_step) * milliseconds / 1e3
         text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -616,9 +618,11 @@ def train(cfg: Config) -> dict:
             elif meter["correlation"] > 0.7:
                 print("  collapse: channels repeat each other; raise --covariance-weight")
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
-                # batches and learning rates are functions of (seed, step): an exact resume needs no more than this
+                # batches and learning rates are functions of (seed, step), so this is enough for an exact resume
                 state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
-                state |= dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers.values()])
+                state |= dict(
+                    model=model.state_dict(), optimizers=[optimizer.state_dict() for _, optimizer in optimizers]
+                )
                 save_checkpoint(run_dir / "checkpoint.pt", state | dict(rng=torch.get_rng_state()))
                 save_time = time.perf_counter()
         if signals and done < end:
@@ -627,18 +631,18 @@ def train(cfg: Config) -> dict:
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
         log_step, log_time = done, time.perf_counter()
 
+    if not main_process:
+        return {}
     summary = dict(script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=end, parameters=parameters)
-    summary |= dict(device=device_name, torch=torch.__version__)
-    summary |= dict(train_seconds=round(seconds, 1), first_step_seconds=round(first_step_seconds, 1))
-    if main_process and cfg.validation_clips:
-        begin, clips = time.perf_counter(), Clips(*(x[: cfg.validation_clips] for x in validation_clips))
+    summary |= dict(device=device_name, torch=torch.__version__, train_seconds=round(seconds, 1))
+    if cfg.validation_clips:
+        clips = make_clips(validation_sequences[: math.ceil(cfg.validation_clips / 2)], device)
+        clips = Clips(*(x[: cfg.validation_clips] for x in clips))
         model.eval()
         summary |= evaluate(model, clips) | collapse_meter(model.encode(clips.frames[:16]).detach())
-        summary["evaluation_seconds"] = round(time.perf_counter() - begin, 1)
         np.savez_compressed(run_dir / "examples.npz", **make_examples(model, clips.frames[:6], clips.labels[:6]))
-    if main_process:
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(json.dumps(summary))
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary))
     return summary
 
 
@@ -652,8 +656,8 @@ def parse_args(argv: list[str]) -> Config:
     known, _ = parser.parse_known_args(argv)
     default = preset(known.preset)
     if known.resume:
-        newest = max(Path("runs", SCRIPT).glob(f"{known.preset}-*"), default=Path("runs", SCRIPT, known.preset))
-        run_dir = Path(known.run_dir or newest)
+        newest = max(Path("runs", SCRIPT).glob(f"{known.preset}-*/checkpoint.pt"), default=Path(known.preset))
+        run_dir = Path(known.run_dir or newest.parent)
         config = read_checkpoint(run_dir / "checkpoint.pt")["config"]
         default = Config(**{**config, "run_dir": str(run_dir), "max_steps": 0})
     return tyro.cli(Config, args=argv, default=default)

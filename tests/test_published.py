@@ -91,7 +91,9 @@ def test_video_training_step(golden, model, clips):
     published = train["terms"]
     names = ("sum_with_heads", "prediction", "variance", "covariance", "detection_head", "picture_decoder")
     expected = [published[name] for name in names]
-    torch.testing.assert_close(terms, torch.tensor(expected, dtype=torch.float64), rtol=TOLERANCE, atol=0)
+    assert list(terms) == ["loss", "prediction", "variance", "covariance", "detection", "decoding"]
+    found = torch.stack(list(terms.values()))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=TOLERANCE, atol=0)
     assert loss.item() == pytest.approx(published["sum_with_heads"], rel=TOLERANCE)
     loss.backward()
     norms = torch.stack([p.grad.norm() for p in model.parameters()])

@@ -77,14 +77,12 @@ def test_clips_are_cut_from_sequences_with_their_labels():
     square = np.zeros((1, 28, 28), np.uint8)
     square[:, 4:24, 4:24] = 255
     sequences = vj.move_digits(square, 12, seed=1)
-    ten, eight = (vj.make_clips(sequences, length, torch.device("cpu")) for length in (10, 8))
-    assert ten.frames.shape == (24, 10, 64, 64) and eight.frames.shape == (24, 8, 64, 64)
-    assert ten.labels.shape == (24, 10, 8, 8) and ten.labels.dtype == torch.bool
-    assert torch.equal(ten.frames[3, 2], torch.from_numpy(sequences[1, 12]))
-    assert torch.equal(eight.frames[3, 2], torch.from_numpy(sequences[1, 10]))
-    assert torch.equal(eight.labels[3, 2], ten.labels[3, 0])
-    labelled = np.flatnonzero(vj.detection_labels(sequences[1, 12][None]))
-    assert labelled.tolist() == ten.labels[3, 2].flatten().nonzero()[:, 0].tolist()
+    clips = vj.make_clips(sequences, torch.device("cpu"))
+    assert clips.frames.shape == (24, 10, 64, 64)
+    assert clips.labels.shape == (24, 10, 8, 8) and clips.labels.dtype == torch.bool
+    assert torch.equal(clips.frames[3, 2], torch.from_numpy(sequences[1, 12]))
+    labelled = np.argwhere(vj.detection_labels(sequences[1, 12][None])[0])
+    assert 1 <= len(labelled) <= 2 and labelled.tolist() == clips.labels[3, 2].nonzero().tolist()
 
 
 def test_training_and_validation_share_no_digit():
@@ -159,7 +157,7 @@ def test_the_published_file(tmp_path, monkeypatch):
 )
 def test_files_of_another_form_are_refused(array, tmp_path):
     write_moving_mnist(tmp_path, array)
-    with pytest.raises(vj.UserError, match=r"MovingMNIST: expected uint8 \[20, N >= 10, 64, 64\], got"):
+    with pytest.raises(vj.UserError, match=r"MovingMNIST must hold uint8 \[20, N >= 10, 64, 64\]"):
         vj.load_sequences(preset("smoke", data="moving-mnist", data_dir=str(tmp_path)))
 
 
@@ -173,8 +171,8 @@ def test_a_renamed_npz_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def clips():
-    """36 training clips of eight frames."""
-    return vj.make_clips(vj.load_sequences(preset("smoke", sequences=20))[0], 8, torch.device("cpu"))
+    """36 training clips."""
+    return vj.make_clips(vj.load_sequences(preset("smoke", sequences=20))[0], torch.device("cpu"))
 
 
 def test_batches_are_shuffled_epochs_and_a_function_of_seed_and_step(clips):
@@ -264,19 +262,24 @@ def test_the_loss_is_its_formula(clips):
     z = model.encode(batch.frames)
     p = model.project(z)
     errors = [(model.project(states) - p).square().mean() for states in model.parallel_rollout(z, 3)]
-    of = dict(zip(vj.TERMS, terms))
-    torch.testing.assert_close(of["prediction"], torch.stack(errors).mean().detach())
+    torch.testing.assert_close(terms["prediction"], torch.stack(errors).mean().detach())
     rows = (p - p.mean((0, 1))).reshape(-1, cfg.projector_width).detach()  # less each position's mean
     covariance = torch.cov(rows.T)
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
-    torch.testing.assert_close(of["variance"], (1 - (covariance.diagonal() + 1e-4).sqrt()).relu().mean())
-    torch.testing.assert_close(of["covariance"], off_diagonal / (64 * 63))
+    torch.testing.assert_close(terms["variance"], (1 - (covariance.diagonal() + 1e-4).sqrt()).relu().mean())
+    torch.testing.assert_close(terms["covariance"], off_diagonal / (64 * 63))
     found, decoded = model.detect(z), model.decode(z)
-    torch.testing.assert_close(of["detection"], -torch.where(batch.labels, found, 1 - found).log().mean().detach())
-    torch.testing.assert_close(of["decoding"], (decoded - batch.frames.double() / 255).square().mean().detach())
-    weighted = 3 * of["prediction"] + 10 * of["variance"] + 100 * of["covariance"] + of["detection"] + of["decoding"]
+    torch.testing.assert_close(terms["detection"], -torch.where(batch.labels, found, 1 - found).log().mean().detach())
+    torch.testing.assert_close(terms["decoding"], (decoded - batch.frames.double() / 255).square().mean().detach())
+    weighted = (
+        3 * terms["prediction"]
+        + 10 * terms["variance"]
+        + 100 * terms["covariance"]
+        + terms["detection"]
+        + terms["decoding"]
+    )
     torch.testing.assert_close(loss.detach(), weighted)
-    torch.testing.assert_close(loss.detach(), of["loss"])
+    torch.testing.assert_close(loss.detach(), terms["loss"])
     assert torch.equal(latents, z.detach())
 
 
@@ -296,9 +299,7 @@ def test_a_code_of_the_position_does_not_count_as_spread(clips):
     code = 5 * torch.randn(cfg.latent_dim, 8, 8, generator=torch.Generator().manual_seed(3))
     model.encode = lambda frames: code.expand(*frames.shape[:2], -1, -1, -1)  # the same whatever the frame shows
     batch = vj.Clips(clips.frames[:4], clips.labels[:4])
-    variance = lambda centre: vj.losses(model, preset("smoke", centre_positions=centre), batch)[1][
-        vj.TERMS.index("variance")
-    ]
+    variance = lambda centre: vj.losses(model, preset("smoke", centre_positions=centre), batch)[1]["variance"]
     assert variance(False) < 0.5 and variance(True) > 0.98
     assert vj.collapse_meter(model.encode(batch.frames))["std_mean"] < 1e-6
 
@@ -308,6 +309,7 @@ def test_the_collapse_meter():
     spread = vj.collapse_meter(z)
     assert spread["effective_rank"] == pytest.approx(4, abs=0.01) and spread["correlation"] < 0.03
     assert spread["std_min"] == pytest.approx(1, abs=0.03)
+    assert vj.collapse_meter(torch.zeros_like(z))["effective_rank"] == pytest.approx(1)  # not that of rounding
     same = vj.collapse_meter(z[:, :, :1].expand(-1, -1, 4, -1, -1))
     assert same["effective_rank"] == pytest.approx(1, abs=0.01) and same["correlation"] == pytest.approx(1)
 
@@ -354,11 +356,11 @@ def test_every_parameter_is_optimised_once_at_its_share_of_the_rate(name):
     cfg = preset("smoke", optimizer=name)
     model = Model(cfg)
     optimizers = vj.make_optimizers(model, cfg)
-    assert list(optimizers) == ([1.0, 0.1] if name == "muon" else [1.0])
+    assert [share for share, _ in optimizers] == ([1.0, 0.1] if name == "muon" else [1.0])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
-    for share, optimizer in optimizers.items():
+    for share, optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * share
         optimizer.step()
