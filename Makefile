@@ -22,7 +22,7 @@ image_jepa: .venv/ready  ## features of unlabelled images (14 minutes, 72 %); AR
 	$(RUN) image_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest image_jepa
 
-video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (11 minutes, mAP .68); ARGS="--data digits" needs no files
+video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (10 minutes, mAP .60); ARGS="--data digits" needs no files
 	$(RUN) video_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest video_jepa
 

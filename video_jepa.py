@@ -274,14 +274,12 @@ class Model(nn.Module):
         C, S, W, P = cfg.latent_dim, cfg.latent_dim + cfg.hidden_dim, cfg.encoder_width, cfg.projector_width
         norm = nn.BatchNorm2d if self.batch_norm else LayerNorm2d
         strides = [2 if cfg.stride >= factor else 1 for factor in (2, 4, 8)]
-        self.encoder = nn.Sequential(
-            conv3x3(1, W, strides[0]),
-            norm(W),
-            nn.ReLU(),
-            residual_block(W, W, norm),
-            residual_block(W, 2 * W, norm, strides[1]),
-            residual_block(2 * W, C, norm, strides[2]),  # ends in a ReLU: latents are not negative, predictions may be
-        )
+        stem = conv3x3(1, W, strides[0]), norm(W), nn.ReLU()
+        blocks = residual_block(W, W, norm), residual_block(W, 2 * W, norm, strides[1])
+        last = residual_block(
+            2 * W, C, norm, strides[2]
+        )  # ends in a ReLU: latents are not negative, predictions may be
+        self.encoder = nn.Sequential(*stem, *blocks, last)
         self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm)
         norm1d = nn.BatchNorm1d(P) if self.batch_norm else nn.Identity()
         self.projector = nn.Sequential(nn.Linear(C, P), norm1d, nn.ReLU(), nn.Linear(P, P, bias=False))
@@ -488,13 +486,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
-    """The model of a run folder or checkpoint file, in eval mode.
-
-        model = load("runs/video_jepa/cpu-20261125-101500")
-        z = model.encode(frames)                                   # [B, T, 64, 64] in [0, 1] -> [B, T, C, h, w]
-        model.detect(model.autoregressive_rollout(z, 5))           # of the five frames after them [B, 5, 8, 8]
-
-    Raises UserError if the file is missing, damaged or of another script."""
+    """The model of a run folder or checkpoint file, in eval mode. Raises UserError for a missing or damaged file."""
     path = Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     model = Model(Config(**state["config"]))
@@ -620,10 +612,9 @@ def train(cfg: Config) -> dict:
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
                 # batches and learning rates are functions of (seed, step), so this is enough for an exact resume
                 state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
-                state |= dict(
-                    model=model.state_dict(), optimizers=[optimizer.state_dict() for _, optimizer in optimizers]
-                )
-                save_checkpoint(run_dir / "checkpoint.pt", state | dict(rng=torch.get_rng_state()))
+                state["optimizers"] = [optimizer.state_dict() for _, optimizer in optimizers]
+                state |= dict(model=model.state_dict(), rng=torch.get_rng_state())
+                save_checkpoint(run_dir / "checkpoint.pt", state)
                 save_time = time.perf_counter()
         if signals and done < end:
             if main_process:
@@ -656,8 +647,8 @@ def parse_args(argv: list[str]) -> Config:
     known, _ = parser.parse_known_args(argv)
     default = preset(known.preset)
     if known.resume:
-        newest = max(Path("runs", SCRIPT).glob(f"{known.preset}-*/checkpoint.pt"), default=Path(known.preset))
-        run_dir = Path(known.run_dir or newest.parent)
+        pattern = f"runs/{SCRIPT}/{known.preset}-*/checkpoint.pt"
+        run_dir = Path(known.run_dir or max(Path().glob(pattern), default=Path(pattern)).parent)
         config = read_checkpoint(run_dir / "checkpoint.pt")["config"]
         default = Config(**{**config, "run_dir": str(run_dir), "max_steps": 0})
     return tyro.cli(Config, args=argv, default=default)

@@ -43,12 +43,12 @@ ABLATIONS = {
         ("linear_accuracy", "knn20_accuracy", "effective_rank", "train_seconds"),
     ),
     "video_jepa": (
-        ["--epochs", "0.3", "--validation-clips", "512"],
+        ["--sequences", "2500", "--epochs", "1.2", "--validation-clips", "512"],
         {
-            "K = 6": ([], ""),
+            "K = 4": ([], ".607"),
             "K = 1": (["--rounds", "1"], ".385"),
             "K = 2": (["--rounds", "2"], ".524"),
-            "K = 4": (["--rounds", "4"], ".607"),
+            "K = 8": (["--rounds", "8"], ".595"),
             "variance 1, covariance 1": (["--variance-weight", "1", "--covariance-weight", "1"], ".259"),
             "variance 0.1, covariance 0.1": (["--variance-weight", "0.1", "--covariance-weight", "0.1"], ""),
             "no hidden state": (["--hidden-dim", "0"], ""),
