@@ -42,7 +42,7 @@ def save_lines(path: Path, panels: list[dict]) -> None:
 def draw_curves(run: Path) -> None:
     """curves.png: loss terms, collapse meter and effective rank against the optimiser step."""
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    log = [record for record in log if "loss" in record]
+    log = list({record["step"]: record for record in log if "loss" in record}.values())  # a resumed run repeats steps
     if not log:
         return
     steps = [record["step"] for record in log]
