@@ -110,14 +110,14 @@ class Config:
         if min(self.batch_size, self.rounds, self.levels, self.log_every, self.epochs, self.lr) <= 0:
             raise UserError("--batch-size, --rounds, --levels, --log-every, --epochs and --lr must be positive")
         if min(self.max_steps, self.validation_clips, self.sequences - 10, self.latent_dim - 2) < 0:
-            raise UserError("least --max-steps 0, --validation-clips 0, --sequences 10, --latent-dim 2")
+            raise UserError("--sequences must be at least 10, --latent-dim 2, --max-steps and --validation-clips 0")
         if self.rounds > FRAMES - 2:
             raise UserError(f"--rounds can be {FRAMES - 2} at most: the first two of {FRAMES} frames are given")
         if SIZE // self.stride % 2 ** (self.levels - 1):
             raise UserError(f"--levels {self.levels} is too many for latent maps of {SIZE // self.stride} px")
 
 
-# What all other presets change.
+# What gpu, cpu and smoke have in common: coarse latent maps, a plain predictor with layer norm, Muon.
 FAST = dict(levels=1, norm="layer", centre_positions=True, stride=8)
 FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine", prediction_weight=2.0)
 CPU = dict(FAST, encoder_width=16, predictor_width=96, hidden_dim=32, batch_size=8, compile=False)
@@ -342,7 +342,7 @@ class Model(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
-def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
+def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """-> the loss (a scalar), its terms (detached), latents [B, T, C, h, w] (detached).
 
     Another anti-collapse loss replaces `variance_covariance_loss`; its samples are the rows of `p`."""

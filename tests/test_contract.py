@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same, wait_until
 
 import video_jepa as vj
 
@@ -39,8 +40,8 @@ def flags(options: dict) -> list[str]:
     return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def start(script, *arguments, launch=(sys.executable,), cwd=ROOT):
-    command = [*launch, ROOT / f"{script.SCRIPT}.py", *arguments]
+def start(script, *arguments, cwd=ROOT):
+    command = [sys.executable, ROOT / f"{script.SCRIPT}.py", *arguments]
     return subprocess.Popen(command, cwd=cwd, env=PROCESSES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -57,29 +58,6 @@ def losses(folder) -> dict[int, float]:
     """Loss by step; of steps that were logged twice, the last."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
-
-
-def wait_until(happened, run, seconds=300):
-    """Until happened() is true of the process `run`, which must not have ended before."""
-    until = time.time() + seconds
-    while not happened():
-        assert run.poll() is None, run.communicate()
-        assert time.time() < until, f"{run.args} has not come so far within {seconds} s"
-        time.sleep(0.02)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 # ----------------------------------------------------------------------------------------------- resume, stops, kills

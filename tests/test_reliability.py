@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,29 +46,6 @@ def checkpoint(folder):
         return torch.load(folder / "checkpoint.pt", weights_only=True)
     except FileNotFoundError:
         return torch.load(folder / "previous.pt", weights_only=True)
-
-
-def wait_until(happened, run, seconds=300):
-    """Polls until happened() is true of the process `run`, which must not have ended before."""
-    until = time.time() + seconds
-    while not happened():
-        assert run.poll() is None, run.communicate()
-        assert time.time() < until, f"{run.args} has not come so far within {seconds} s"
-        time.sleep(0.05)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def test_what_the_scripts_have_in_common_reads_the_same():
