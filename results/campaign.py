@@ -40,7 +40,7 @@ ABLATIONS = {
             "SIGReg": (["--loss", "sigreg", "--projector-out", "128"], "91.02"),
             "SIGReg, weight 0.1": (["--loss", "sigreg", "--projector-out", "128", "--sigreg-weight", "0.1"], ""),
         },
-        ("linear_accuracy", "knn20_accuracy", "effective_rank", "train_seconds"),
+        ("linear_accuracy", "knn_accuracy", "effective_rank", "train_seconds"),
     ),
     "video_jepa": (
         ["--sequences", "2500", "--epochs", "1.2", "--validation-clips", "512"],

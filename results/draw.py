@@ -3,7 +3,7 @@
     python results/draw.py runs/video_jepa/cpu-20261125-101500 [another run ...]
     python results/draw.py --newest video_jepa      # the newest finished run of a script
 
-Writes into the run folder: curves.png for every run; views.png, neighbours.png and map.png for images; ap.png and
+Writes into the run folder: curves.png for every run; views.png and neighbours.png for images; ap.png and
 rollout.gif for videos; unroll.png, unroll.gif, success.png, map.png and episodes.gif for world models.
 """
 
@@ -110,22 +110,17 @@ def draw_rollout(path: Path, frames, labels, decoded, detected, scale: int = 3) 
 
 # ----------------------------------------------------------------------------------------------------------- images
 def draw_image(run: Path, summary: dict, examples: dict) -> None:
-    """views.png: images and their augmented views; neighbours.png: test images and the training images nearest to them
-    in feature space (wrong classes in orange); map.png: t-SNE of test features."""
-    views = examples["views"]  # [1 + number of views, N, 3, H, W] uint8, the images themselves first
-    rows = [("image" if v == 0 else f"view {v}", pictures) for v, pictures in enumerate(views)]
+    """views.png: images and their augmented views; neighbours.png: test images (or others, if there are none) and those
+    nearest to them in feature space, other classes in orange."""
+    rows = [("image", examples["images"]), *((f"view {v}", x) for v, x in enumerate(examples["views"], 1))]
     sheet = [[(x, name if n == 0 else "", "black") for n, x in enumerate(pictures)] for name, pictures in rows]
     save_sheet(run / "views.png", sheet)
-    if "query" not in examples:
-        return
-    name = [str(c) for c in examples["classes"]]
-    sheet = []
-    for query, label, near, near_labels in zip(*(examples[k] for k in ("query", "query_label", "near", "near_label"))):
-        colours = ["black" if other == label else "#d55e00" for other in near_labels]
-        cells = list(zip(near, [name[other] for other in near_labels], colours))
-        sheet.append([(query, "test: " + name[label], "black"), *cells])
+    names, sheet = [str(name) for name in examples["classes"]], []
+    for pictures, labels in zip(examples["nearest"], examples["nearest_labels"]):
+        titles = [("image: " if n == 0 else "") + names[label] for n, label in enumerate(labels)]
+        colours = ["black" if label == labels[0] else "#d55e00" for label in labels]
+        sheet.append(list(zip(pictures, titles, colours)))
     save_sheet(run / "neighbours.png", sheet)
-    draw_map(run / "map.png", examples["features"], examples["feature_label"], name)
 
 
 def save_sheet(path: Path, rows: list[list[tuple]]) -> None:
@@ -136,26 +131,6 @@ def save_sheet(path: Path, rows: list[list[tuple]]) -> None:
         axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
         axis.set_axis_off()
         axis.set_title(title.replace("$", r"\$"), fontsize=7, pad=2, color=colour)
-    figure.savefig(path, dpi=110)
-
-
-def draw_map(path: Path, features, labels, names: list[str]) -> None:
-    """t-SNE of features [N, D], one colour and marker a class; of many classes the legend names the first twenty."""
-    from sklearn.manifold import TSNE
-
-    if len(features) < 5:
-        return
-    tsne = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
-    xy = tsne.fit_transform(features.astype(np.float32))
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
-    axis = figure.subplots()
-    for c, name in enumerate(names):
-        marker, colour = "osD^v<>pX*"[c % 10], f"C{c % 10}"
-        label = None if c >= 20 else name.replace("$", r"\$").lstrip("_")  # a leading _ hides it from the legend
-        axis.scatter(*xy[labels == c].T, s=10, marker=marker, color=colour, label=label)
-    axis.set_axis_off()
-    axis.set_title("t-SNE of test features")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
 
 

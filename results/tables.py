@@ -28,8 +28,8 @@ COLUMNS = {  # heading -> its cell, from a summary
         "training, min (epochs)": "{minutes:.1f} ({epochs:.2g})",
         "linear probe, %": "{linear_accuracy}",
         "online probe, %": "{online_accuracy}",
-        "kNN, k = 20; 200, %": "{knn20_accuracy}; {knn_accuracy}",
-        "untrained encoder, linear; kNN, %": "{random_encoder_accuracy}; {random_encoder_knn_accuracy}",
+        "kNN, %": "{knn_accuracy}",
+        "untrained encoder, linear; kNN, %": "{untrained_linear_accuracy}; {untrained_knn_accuracy}",
         "effective rank": "{effective_rank:.0f}",
     },
     "video_jepa": {

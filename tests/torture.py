@@ -3,7 +3,7 @@
     python tests/torture.py                     # 20 kills a script: about 20 minutes on 2 cores
     python tests/torture.py video_jepa 5        # 5 kills of one script
 
-Weights, optimiser, random state and every logged loss are compared bit for bit with those of a run that nobody touched.
+Weights, optimiser and every logged loss are compared bit for bit with those of a run that nobody touched.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 FLAGS = {
     "world_model": ["--steps", "3000", "--episodes", "0", "--distance-steps", "0", "--cost", "latent"],
-    "image_jepa": ["--epochs", "9", "--batch-size", "16", "--no-evaluate"],
+    "image_jepa": ["--epochs", "9", "--batch-size", "16", "--width", "8", "--no-evaluate"],
     "video_jepa": [
         "--epochs",
         "30",
@@ -43,7 +43,7 @@ def start(script: str, folder: Path) -> subprocess.Popen:
     flags = ["--resume"] if any(folder.glob("*.pt")) else ["--preset", "smoke", *FLAGS[script]]
     if "--resume" not in flags:
         shutil.rmtree(folder, ignore_errors=True)
-    save = ["--save-every", "0"] if script == "video_jepa" else ["--checkpoint-every", str(EVERY)]
+    save = ["--checkpoint-every", str(EVERY)] if script == "world_model" else ["--save-every", "0"]
     command = [sys.executable, f"{script}.py", *flags, *save, "--log-every", str(EVERY), "--run-dir", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -80,7 +80,7 @@ def torture(script: str, kills: int, chance: random.Random, folder: Path) -> Non
     parts, reached, writing, killed = folder / "parts", 0, 0, 0
     for n in range(kills):
         run = start(script, parts)
-        temporary = parts / ("checkpoint.tmp" if script == "video_jepa" else "checkpoint.pt.tmp")
+        temporary = parts / ("checkpoint.pt.tmp" if script == "world_model" else "checkpoint.tmp")
         deadline = time.time() + chance.uniform(2, 12)
         while time.time() < deadline and run.poll() is None:
             time.sleep(0.001)
