@@ -1,13 +1,13 @@
 """Image JEPA: features of unlabelled images, from the agreement between augmented views of the same image.
 
-    x_1 .. x_V = augment(image)                          random crops, colours and flips
+    x_1 .. x_V = augment(image)                          views: random crops, colours and flips
     z_v = encode(x_v),  p_v = project(z_v)               a ResNet or ViT, then an MLP with P outputs
-    loss = w_i * mean over pairs of |p_v - p_w|^2 / P    invariance: views of one image agree, and so that not all
-         + w_v * variance(p) + w_c * covariance(p)       images agree, VICReg (arXiv 2105.04906, --loss vicreg)
-         or + w_s * sigreg(p)                            or SIGReg (arXiv 2511.08544, --loss sigreg): see kernels/
+    loss = w_i * mean over pairs of |p_v - p_w|^2 / P    invariance: views of one image agree
+         + w_v * variance(p) + w_c * covariance(p)       but not all images: VICReg (arXiv 2105.04906), --loss vicreg
+      or + w_s * sigreg(p)                               or SIGReg (arXiv 2511.08544), --loss sigreg; both in kernels/
 
 There is no predictor, stop-gradient, moving average or mask. The projector serves the loss alone; what the features z
-are worth is measured with labels that training never sees: by a linear classifier and by nearest neighbours.
+are worth is measured with labels that the encoder never sees: by a linear classifier and by nearest neighbours.
 
     python image_jepa.py                                # CIFAR-10
     python image_jepa.py --data path/to/images          # a folder of images, see read_folder
@@ -67,8 +67,9 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass
 class Config:
-    """Learn features of unlabelled images. The defaults are preset paper, the published recipe."""
+    """Learn features of unlabelled images."""
 
+    # These values are preset paper, the published recipe.
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights, batches and views
     run_dir: str = ""  # folder of this run; empty: runs/image_jepa/<preset>-<date>-<time>
@@ -80,7 +81,7 @@ class Config:
     # data
     data: str = "cifar10"  # cifar10, digits (of scikit-learn, no files), or a folder of images
     data_dir: str = "data"  # where the downloaded CIFAR-10 lies, in torchvision's layout
-    image_size: int = 32  # side to which images of a folder are resized, px
+    image_size: int = 32  # side of digits and of the images of a folder, which are resized, px
     # views
     views: int = 2  # of each image in a step
     crop_size: int = 32  # side of a view, px
@@ -118,12 +119,10 @@ class Config:
     def __post_init__(self):
         if min(self.batch_size, self.views) < 2:
             raise UserError("--batch-size and --views must be at least 2: there is nothing to compare otherwise")
-        if min(self.image_size, self.crop_size, self.width, self.log_every, self.epochs, self.lr) <= 0:
-            raise UserError("--image-size, --crop-size, --width, --log-every, --epochs and --lr must be positive")
+        if min(self.log_every, self.epochs, self.lr) <= 0 or self.seed < 0:
+            raise UserError("--log-every, --epochs and --lr must be positive, --seed not negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError("--crop-scale takes two parts of an area, the smaller first, above 0 and at most 1")
-        if self.backbone.startswith("vit") and self.crop_size % self.patch_size:
-            raise UserError(f"--crop-size {self.crop_size} does not divide into patches of {self.patch_size} px")
 
 
 # What gpu, cpu and smoke have in common.
@@ -150,7 +149,7 @@ def preset(name: str, **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------------------------------------------- data
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of each channel, as published for CIFAR-10
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels, as published
 
 
 class Images(NamedTuple):
@@ -162,18 +161,21 @@ class Images(NamedTuple):
 
 
 def load_images(cfg: Config) -> Images:
-    """The data set of cfg.data, all of it in memory: square RGB images of one size. A new one is a branch here."""
+    """The data set of cfg.data, all of it in memory: square RGB images of one size.
+
+    A new one is a branch here; MEAN and STD are those of CIFAR-10."""
     if cfg.data == "digits":
         return draw_digits(cfg.image_size)
     if cfg.data != "cifar10":
         return read_folder(Path(cfg.data), cfg.image_size)
     try:
-        parts = [CIFAR10(cfg.data_dir, train=train, download=True) for train in (True, False)]
+        train, test = (CIFAR10(cfg.data_dir, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, EOFError) as error:  # no network, or a damaged file
         remedy = f"put {CIFAR10.url} into {cfg.data_dir}/, or use --data digits"
         raise UserError(f"CIFAR-10 is not in {cfg.data_dir} and cannot be downloaded ({error}): {remedy}") from None
-    pixels, labels = zip(*((torch.from_numpy(part.data).movedim(3, 1), torch.tensor(part.targets)) for part in parts))
-    return Images(pixels[0].contiguous(), labels[0], pixels[1].contiguous(), labels[1], parts[0].classes)
+    pixels = [torch.from_numpy(part.data).movedim(3, 1).contiguous() for part in (train, test)]
+    labels = [torch.tensor(part.targets) for part in (train, test)]
+    return Images(pixels[0], labels[0], pixels[1], labels[1], train.classes)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -222,8 +224,10 @@ def read_folder(root: Path, size: int) -> Images:
         listed = "".join(sorted(unreadable))
         raise UserError(f"{len(unreadable)} files cannot be read as images: remove them and start again{listed}")
     names = [path.relative_to(part).parts[0] if path.parent != part else "" for part, path in files]  # of classes
-    if n == len(names) or "" in names:
-        names = ["unlabelled"] * len(names)
+    if n == len(files) or "" in names:
+        reason = f"{files[names.index('')][1]} lies in no class folder" if "" in names else "there is no test/ or val/"
+        print(f"{root}: {reason}, so the images count as unlabelled: no linear probe, no kNN")
+        names = ["unlabelled"] * len(files)
     elif differ := set(names[:n]) ^ set(names[n:]):
         raise UserError(f"--data {root}: only one of train and {parts[1].name} has images of {sorted(differ)}")
     classes = sorted(set(names))
@@ -252,8 +256,8 @@ def draw_digits(size: int) -> Images:
     """Scikit-learn's handwritten digits, each in four light colours on four dark ones; always the same."""
     data, g = load_digits(), torch.Generator().manual_seed(0)
     ink = F.interpolate(torch.from_numpy(data.images / 16)[:, None], size, mode="bilinear").float()  # [1797, 1, S, S]
-    light, dark = 0.5 * torch.rand(2, 4, len(ink), 3, 1, 1, generator=g)
-    pixels = (255 * (dark + ink * (light + 0.5 - dark))).to(torch.uint8)  # [4, 1797, 3, S, S]
+    dark, light = torch.rand(2, 4, len(ink), 3, 1, 1, generator=g) / 2
+    pixels = (255 * torch.lerp(dark, light + 0.5, ink)).to(torch.uint8)  # [4, 1797, 3, S, S]
     labels = torch.from_numpy(data.target).expand(4, -1)
     train, test = ([x[:, part].flatten(0, 1) for x in (pixels, labels)] for part in (slice(1500), slice(1500, None)))
     return Images(*train, *test, [str(digit) for digit in range(10)])
@@ -266,23 +270,24 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations
 def augment(images: Tensor, cfg: Config) -> Tensor:
     """Images [B, 3, S, S] uint8 -> a random view of each [B, 3, crop_size, crop_size] in [0, 1].
 
-    The laws are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale and
-    RandomSolarize, with numbers of its own for every image."""
+    The same distributions as torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale and
+    RandomSolarize, drawn for each image separately."""
     B, S = len(images), images.shape[-1]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(B, *shape, device=images.device)
     chance = lambda p: uniform(0, 1, 1, 1, 1) < p  # [B, 1, 1, 1]
     # the first of ten random boxes that fits into the image; if none does, the whole image
     area, log_ratio = S * S * uniform(*cfg.crop_scale, 10), uniform(-math.log(4 / 3), math.log(4 / 3), 10)
-    sides = torch.stack((area * torch.exp(-log_ratio), area * torch.exp(log_ratio)), 2).sqrt().round().clamp(min=1)
-    fits = (sides <= S).all(2)  # [B, 10]
-    first = fits.int().argmax(1)[:, None, None].expand(-1, 1, 2)
-    sides = torch.where(fits.any(1, keepdim=True), sides.gather(1, first)[:, 0], S)  # [B, 2] height, width
+    boxes = torch.stack((area * torch.exp(-log_ratio), area * torch.exp(log_ratio)), 2).sqrt().round().clamp(min=1)
+    fits = (boxes <= S).all(2)  # [B, 10]
+    first = boxes[torch.arange(B, device=images.device), fits.int().argmax(1)]
+    sides = torch.where(fits.any(1, keepdim=True), first, S)  # [B, 2] height, width
     corner = (uniform(0, 1, 2) * (S - sides + 1)).floor()  # [B, 2] top, left
     x = crop(images.float() / 255, corner, sides, cfg.crop_size)
     x = torch.where(chance(0.5), x.flip(3), x)
     strength = cfg.jitter * (uniform(0, 1, 1) < 0.8)
     factor = lambda limit: 1 + strength * uniform(-limit, limit, 1)
-    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)
+    hue = factor(0.1) - 1  # a shift: 0 changes nothing
+    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), hue), 1)
     x = jitter_colours(x, factors, order=uniform(0, 1, 4).argsort(1))
     x = torch.where(chance(cfg.grey), rgb_to_grayscale(x), x)
     return torch.where(chance(cfg.solarise) & (x >= 0.5), 1 - x, x)
@@ -309,7 +314,7 @@ def jitter_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     for operation in order.split(1, 1):  # [B, 1]
         factor = factors.gather(1, operation)[..., None, None]  # [B, 1, 1, 1]
         operation = operation[..., None, None]
-        # brightness, contrast and saturation move away from black, the mean grey and the grey image
+        # brightness, contrast and saturation blend with black, with the mean grey and with the grey image
         grey = rgb_to_grayscale(x)
         neutral = torch.where(operation == CONTRAST, grey.mean((1, 2, 3), keepdim=True), grey)
         neutral = torch.where(operation == BRIGHTNESS, 0, neutral)
@@ -349,7 +354,7 @@ def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
 
 
 def make_backbone(cfg: Config) -> tuple[nn.Module, int]:
-    """A module [N, 3, H, W] -> [N, F], and F. A new one is a branch here."""
+    """A module [N, 3, H, W] -> [N, F], and F. A new one is a branch here, and a name in Config.backbone."""
     if cfg.backbone == "resnet18":  # for small images: a 3x3 stem of stride 1, and no max-pooling
         net = resnet18()
         net.conv1 = nn.Conv2d(3, 64, 3, padding=cfg.stem_padding, bias=False)
@@ -374,14 +379,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.backbone, self.features = make_backbone(cfg)
+        self.backbone, self.feature_dim = make_backbone(cfg)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
         elif not self.training and not (-0.5 <= images.min() and images.max() <= 1.5):
             raise ValueError("images must be uint8, or floats in [0, 1] that are not normalised yet")
-        if isinstance(self.backbone, VisionTransformer):  # it takes images of the training views' size only
+        if isinstance(self.backbone, VisionTransformer):  # it takes images of one size only, that of the views
             images = F.interpolate(images, self.backbone.image_size, mode="bilinear", antialias=True)
         images = (images - self.mean) / self.std
         return self.backbone(images.contiguous(memory_format=torch.channels_last))  # a sixth faster
@@ -397,18 +402,19 @@ class Model(nn.Module):
         layer = lambda inputs: [nn.Linear(inputs, W), nn.BatchNorm1d(W), nn.ReLU()]
         self.projector = nn.Identity()
         if W > 0:
-            self.projector = nn.Sequential(*layer(self.encoder.features), *layer(W), nn.Linear(W, P))
-        self.probe = nn.Linear(self.encoder.features, classes)
+            self.projector = nn.Sequential(*layer(self.encoder.feature_dim), *layer(W), nn.Linear(W, P))
+        self.probe = nn.Linear(self.encoder.feature_dim, classes)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
 def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Images [B, 3, S, S] uint8, labels [B] for the online probe -> the loss (a scalar), its terms (detached), features
-    of all views [V B, F] (detached). Another anti-collapse loss is another branch: its samples are the rows of a view.
-    """
+    """Images [B, 3, S, S] uint8, labels [B] -> the loss (a scalar), its terms (detached), features of all views
+    [V B, F] (detached). The labels train the online probe, which teaches the encoder nothing.
+
+    Another anti-collapse loss: a branch here, a name in Config.loss, and a weight."""
+    views = [augment(images, cfg) for _ in range(cfg.views)]
     with torch.autocast(images.device.type, torch.bfloat16, enabled=cfg.bf16):
-        # each view has batch statistics of its own, as published
-        z = [model.encoder(augment(images, cfg)) for _ in range(cfg.views)]
+        z = [model.encoder(view) for view in views]  # one by one: batch statistics are those of a view, as published
         p = torch.stack([model.projector(features) for features in z])  # [V, B, P]
         scores = model.probe(z[0].detach())
     if cfg.bf16:
@@ -417,14 +423,16 @@ def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[T
     probe = F.cross_entropy(scores, labels)
     loss = cfg.invariance_weight * invariance + probe
     terms = dict(invariance=invariance, probe=probe, projection_std=p.flatten(0, 1).std(0).mean())
-    views = [torch.cat(all_gather(view)) if dist.is_initialized() else view for view in p]  # of all processes
-    if cfg.loss == "vicreg":  # both terms are sums over two views, as published
-        variance, covariance = (2 * torch.stack(x).mean() for x in zip(*map(variance_covariance_loss, views)))
+    # projections of each view, from all processes: a list of [B, P]
+    gathered = [torch.cat(all_gather(view)) if dist.is_initialized() else view for view in p]
+    if cfg.loss == "vicreg":
+        pairs = torch.stack([torch.stack(variance_covariance_loss(view)) for view in gathered])  # [V, 2]
+        variance, covariance = 2 * pairs.mean(0)  # published for two views: the sum over them
         loss = loss + cfg.variance_weight * variance + cfg.covariance_weight * covariance
         terms |= dict(variance=variance, covariance=covariance)
-    else:
+    elif cfg.loss == "sigreg":
         directions = F.normalize(torch.randn(p.shape[2], DIRECTIONS, dtype=p.dtype, device=p.device), dim=0)
-        sigreg = torch.stack([sigreg_loss(view, directions, knots=KNOTS) for view in views]).mean()
+        sigreg = torch.stack([sigreg_loss(view, directions, knots=KNOTS) for view in gathered]).mean()
         loss = loss + cfg.sigreg_weight * sigreg
         terms |= dict(sigreg=sigreg)
     return loss, {name: term.detach() for name, term in dict(loss=loss, **terms).items()}, torch.cat(z).detach()
@@ -432,11 +440,11 @@ def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[T
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread features [N, F] are.
+    """How spread features [N, F] are, after subtraction of their mean.
 
     Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885). Smallest and mean
     standard deviation of a feature; mean |off-diagonal correlation|."""
-    z = z[:2048].to("cpu", torch.float64)
+    z = z.cpu().double()
     z = z - z.mean(0)
     std = z.std(0)
     p = F.normalize(torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt(), p=1, dim=0)
@@ -481,8 +489,8 @@ class LARS(torch.optim.SGD):
 class Muon(torch.optim.Muon):
     """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
 
-    PyTorch's takes matrices only: it gets views [first axis, all the rest] of the weights, which share their memory. So
-    the model must be on its device before."""
+    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
+    memory: make it after the model has moved to its device."""
 
     def __init__(self, weights: list[nn.Parameter], weight_decay: float):
         self.weights = weights
@@ -495,7 +503,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of an optimiser's share of the learning rate and the optimiser."""
+    """Pairs of a factor of the learning rate and an optimiser."""
     is_matrix = lambda p: p.ndim > 1 and len(p) > 1  # a ViT's position embedding has a first axis of length 1
     matrices = [p for p in model.parameters() if is_matrix(p)]
     vectors = [p for p in model.parameters() if not is_matrix(p)]
@@ -509,10 +517,12 @@ def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """Images [N, 3, S, S] uint8 -> features [N, F] on the CPU; half a million pixels at a time, whatever their size."""
+def extract_features(encoder: Encoder, images: Tensor) -> Tensor:
+    """Images [N, 3, S, S] uint8 -> features [N, F] on the CPU, by an encoder in eval mode.
+
+    Whole images, larger than the views of training; half a million pixels at a time."""
     batches = images.split(max(1, 500 * 32**2 // images.shape[-1] ** 2))
-    return torch.cat([encoder(batch).cpu() for batch in batches])
+    return torch.cat([encoder(batch.to(encoder.mean.device)).cpu() for batch in batches])
 
 
 def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndarray) -> dict[str, float]:
@@ -531,26 +541,26 @@ def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndar
 
 def evaluate(model: Model, cfg: Config, images: Images) -> dict[str, float]:
     """Of labelled images: accuracies in % of the encoder's features, of those before training, of the online probe."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # as at the beginning of training
     untrained = Model(cfg, len(images.classes)).encoder.to(images.train.device).eval()
     y, y_test = images.train_labels.cpu().numpy(), images.test_labels.cpu().numpy()
-    z, z_test = features(untrained, images.train).numpy(), features(untrained, images.test).numpy()
-    result = {f"untrained_{name}": value for name, value in accuracies(z, y, z_test, y_test).items()}
-    z, z_test = features(model.encoder, images.train).numpy(), features(model.encoder, images.test)
-    online = (model.probe.cpu()(z_test).argmax(1) == images.test_labels.cpu()).float().mean().item()
-    result |= accuracies(z, y, z_test.numpy(), y_test)
-    return result | dict(online_accuracy=round(100 * online, 2)) | collapse_meter(z_test)
+    result = {}
+    for name, encoder in (("untrained_", untrained), ("", model.encoder)):
+        z, z_test = extract_features(encoder, images.train), extract_features(encoder, images.test)
+        found = accuracies(z.numpy(), y, z_test.numpy(), y_test)
+        result |= {name + kind: accuracy for kind, accuracy in found.items()}
+    correct = model.probe(z_test.to(images.test.device)).argmax(1) == images.test_labels
+    return result | dict(online_accuracy=round(100 * correct.float().mean().item(), 2))
 
 
 def make_examples(model: Model, cfg: Config, images: Images) -> dict[str, np.ndarray]:
-    """For figures: some images and their views; some test images (training images, if there are none) and the nearest
-    of each."""
-    pictures = images.train[:: len(images.train) // 10][:10]
+    """For figures: some images and their views; some test (else training) images and those nearest to them."""
+    spread = lambda x, n: torch.linspace(0, len(x) - 1, n, device=x.device).long()  # a folder is sorted by class
+    pictures = images.train[spread(images.train, 10)]
     views = (255 * torch.stack([augment(pictures, cfg) for _ in range(cfg.views)])).round().to(torch.uint8)
     pool, labels = (images.test, images.test_labels) if len(images.test) else (images.train, images.train_labels)
-    z = F.normalize(features(model.encoder, pool))
-    some = torch.linspace(0, len(pool) - 1, 8).long()
-    nearest = (z[some] @ z.T).topk(min(10, len(pool))).indices  # [8, 10], each image itself first
+    z = F.normalize(extract_features(model.encoder, pool))
+    nearest = (z[spread(z, 8)] @ z.T).topk(min(10, len(z))).indices.to(pool.device)  # [8, 10], itself first
     arrays = dict(images=pictures, views=views, nearest=pool[nearest], nearest_labels=labels[nearest])
     return {name: array.cpu().numpy() for name, array in arrays.items()} | dict(classes=np.array(images.classes))
 
@@ -558,7 +568,7 @@ def make_examples(model: Model, cfg: Config, images: Images) -> dict[str, np.nda
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def save_checkpoint(path: Path, state: dict) -> None:
     """A temporary file, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
-    torch.save(state, buffer := io.BytesIO())
+    torch.save(state, buffer := io.BytesIO())  # not into the file: on a full disk that gives no OSError
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(buffer.getvalue())
@@ -655,8 +665,8 @@ def train(cfg: Config) -> dict:
         start, seconds = state["step"], state["seconds"]
     end = max(start, min(steps, cfg.max_steps or steps))
     parameters = sum(p.numel() for p in model.encoder.parameters())
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    other = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else other
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=cfg.resume)  # two runs that start together never share a folder
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
@@ -666,17 +676,17 @@ def train(cfg: Config) -> dict:
     compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False) if cfg.compile else losses
     log_step, log_time, save_time = start, time.perf_counter(), time.perf_counter()
     for step in range(start, end):
-        # views and SIGReg's directions are functions of (seed, step), the directions the same in all processes
+        # views and SIGReg's directions are functions of (seed, step); all processes draw the same numbers
         torch.manual_seed(hash((cfg.seed, step)) % 2**32)
         loss, terms, z = compute_loss(model, cfg, *make_batch(cfg, images, step, rank, world))
         loss.backward()
         if world > 1:
             for p in model.parameters():
-                dist.all_reduce(p.grad.div_(world))
+                dist.all_reduce(p.grad.div_(world))  # the mean
         lr = learning_rate(cfg, step, per_epoch)
-        for share, optimizer in optimizers:
+        for factor, optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * lr
+                group["lr"] = factor * lr
             optimizer.step()
         model.zero_grad()
         done = step + 1
@@ -703,7 +713,7 @@ def train(cfg: Config) -> dict:
                 file.write(json.dumps(dict(step=done, lr=lr, milliseconds=milliseconds, **values, **meter)) + "\n")
             text += f" | {milliseconds:.0f} ms | rank {meter['effective_rank']:.1f}/{z.shape[1]}"
             print(f"step {done:05d}/{steps} | {text} | {(end - done) * milliseconds / 6e4:.1f} min left", flush=True)
-            if values["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * z.shape[1]:
+            if values["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * min(z.shape):
                 weights = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
                 print(f"  collapse: the features hardly differ; raise {weights}")
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
@@ -726,10 +736,10 @@ def train(cfg: Config) -> dict:
     summary |= dict(loss=cfg.loss, epochs=round(end / per_epoch, 3))
     model.eval()
     if cfg.evaluate:
+        some = images.train[:: max(1, len(images.train) // 2048)]
+        summary |= collapse_meter(extract_features(model.encoder, some))
         if len(images.classes) > 1:
             summary |= evaluate(model, cfg, images)
-        else:
-            print("the images have no labels: no linear probe, no kNN")
         np.savez_compressed(run_dir / "examples.npz", **make_examples(model, cfg, images))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))

@@ -66,8 +66,9 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass
 class Config:
-    """Learn to predict the latents of future frames. The defaults are preset paper, the published recipe."""
+    """Learn to predict the latents of future frames."""
 
+    # These values are preset paper, the published recipe.
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights and of the order of clips
     run_dir: str = ""  # folder of this run; empty: runs/video_jepa/<preset>-<date>-<time>
@@ -277,9 +278,8 @@ class Model(nn.Module):
         strides = [2 if cfg.stride >= factor else 1 for factor in (2, 4, 8)]
         stem = conv3x3(1, W, strides[0]), norm(W), nn.ReLU()
         blocks = residual_block(W, W, norm), residual_block(W, 2 * W, norm, strides[1])
-        last = residual_block(
-            2 * W, C, norm, strides[2]
-        )  # ends in a ReLU: latents are not negative, predictions may be
+        # the last block ends in a ReLU: latents are not negative, predictions may be
+        last = residual_block(2 * W, C, norm, strides[2])
         self.encoder = nn.Sequential(*stem, *blocks, last)
         self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm)
         norm1d = nn.BatchNorm1d(P) if self.batch_norm else nn.Identity()
@@ -396,8 +396,8 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 class Muon(torch.optim.Muon):
     """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
 
-    PyTorch's takes matrices only: it gets views [first axis, all the rest] of the weights, which share their memory. So
-    the model must be on its device before."""
+    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
+    memory: make it after the model has moved to its device."""
 
     def __init__(self, weights: list[nn.Parameter]):
         self.weights = weights
@@ -410,7 +410,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of an optimiser's share of the learning rate and the optimiser."""
+    """Pairs of a factor of the learning rate and an optimiser."""
     if cfg.optimizer == "adam":
         return [(1.0, torch.optim.Adam(model.parameters()))]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -465,7 +465,7 @@ def make_examples(model: Model, frames: Tensor, labels: Tensor) -> dict[str, np.
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def save_checkpoint(path: Path, state: dict) -> None:
     """A temporary file, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
-    torch.save(state, buffer := io.BytesIO())
+    torch.save(state, buffer := io.BytesIO())  # not into the file: on a full disk that gives no OSError
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(buffer.getvalue())
@@ -529,14 +529,13 @@ def train(cfg: Config) -> dict:
 
     Raises UserError for mistakes in settings, data and files, and when the loss is no longer finite."""
     device, rank, world = start_device(cfg)
-    main_process = rank == 0  # it logs, saves and evaluates
     run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if main_process and run_dir.exists() and not cfg.resume:
+    if rank == 0 and run_dir.exists() and not cfg.resume:
         raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume")
     if rank > 0:
         dist.barrier()  # until the first process has downloaded the files
     train_sequences, validation_sequences = load_sequences(cfg)
-    if world > 1 and main_process:
+    if world > 1 and rank == 0:
         dist.barrier()
     train_clips = make_clips(train_sequences, device)
     if cfg.batch_size > len(train_clips.frames):
@@ -560,9 +559,9 @@ def train(cfg: Config) -> dict:
         start, seconds = state["step"], state["seconds"]
     end = max(start, min(steps, cfg.max_steps or steps))
     parameters = sum(p.numel() for part in (model.encoder, model.predictor) for p in part.parameters())
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    if main_process:
+    other = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else other
+    if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=cfg.resume)  # two runs that start together never share a folder
         (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         print(f"{cfg.preset} | {device_name} | encoder and predictor of {parameters:,} parameters | {run_dir}")
@@ -575,11 +574,11 @@ def train(cfg: Config) -> dict:
         loss.backward()
         if world > 1:
             for p in model.parameters():
-                dist.all_reduce(p.grad.div_(world))
+                dist.all_reduce(p.grad.div_(world))  # the mean
         lr = learning_rate(cfg, step, steps)
-        for share, optimizer in optimizers:
+        for factor, optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * lr
+                group["lr"] = factor * lr
             optimizer.step()
         model.zero_grad()
         done = step + 1
@@ -600,7 +599,7 @@ def train(cfg: Config) -> dict:
         text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
         if not math.isfinite(values["loss"]) or not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"NaN or Inf at step {done} ({text}): the last checkpoint is kept; try a smaller --lr")
-        if main_process:
+        if rank == 0:
             meter = collapse_meter(latents)
             with open(run_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(dict(step=done, lr=lr, milliseconds=milliseconds, **values, **meter)) + "\n")
@@ -618,12 +617,12 @@ def train(cfg: Config) -> dict:
                 save_checkpoint(run_dir / "checkpoint.pt", state)
                 save_time = time.perf_counter()
         if signals and done < end:
-            if main_process:
+            if rank == 0:
                 print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
         log_step, log_time = done, time.perf_counter()
 
-    if not main_process:
+    if rank > 0:
         return {}
     summary = dict(script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=end, parameters=parameters)
     summary |= dict(device=device_name, torch=torch.__version__, train_seconds=round(seconds, 1))

@@ -74,11 +74,12 @@ def test_unlabelled_images_train_and_give_an_encoder(folder, layout, tmp_path, c
         (folder / "train").rename(folder / "a")
         (folder / "test").rename(folder / "b")
     images = ij.read_folder(folder, 32)
+    capsys.readouterr()
     assert images.classes == ["unlabelled"] and not images.train_labels.any()
     assert len(images.train) == (24 if layout in ("flat", "nested") else 12)
     run = tmp_path / "run"
     summary = ij.train(preset("smoke", data=str(folder), batch_size=6, epochs=1, run_dir=str(run), log_every=1))
-    assert "linear_accuracy" not in summary and "no labels: no linear probe, no kNN" in capsys.readouterr().out
+    assert "linear_accuracy" not in summary and "unlabelled: no linear probe, no kNN" in capsys.readouterr().out
     assert ij.load(run)(images.train).shape == (len(images.train), 8 * 24)
     subprocess.run([sys.executable, ROOT / "results/draw.py", run], check=True)
     assert (run / "neighbours.png").exists()
@@ -349,7 +350,7 @@ def test_small_crops_lie_anywhere_in_any_shape_and_nothing_depends_on_another(dr
 def test_backbones_have_their_published_sizes(backbone, features, parameters):
     with torch.device("meta"):
         encoder = ij.Encoder(preset("paper", backbone=backbone))
-    assert encoder.features == features
+    assert encoder.feature_dim == features
     assert sum(p.numel() for p in encoder.parameters()) == parameters
 
 
@@ -496,10 +497,17 @@ def test_knn_against_counting():
 
 def test_features_take_the_same_memory_whatever_the_size():
     seen = []
-    encoder = lambda batch: seen.append(batch.numel()) or batch.flatten(1)[:, :4]
+
+    class Encoder:
+        mean = torch.zeros(1)
+
+        def __call__(self, batch):
+            seen.append(batch.numel())
+            return batch.flatten(1)[:, :4]
+
     for size in (32, 96, 224):
         images = torch.zeros(600, 3, size, size, dtype=torch.uint8)
-        assert ij.features(encoder, images).shape == (600, 4)
+        assert ij.extract_features(Encoder(), images).shape == (600, 4)
     assert max(seen) <= 3 * 500 * 32**2
 
 
