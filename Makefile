@@ -18,7 +18,7 @@ help:  ## this list
 
 setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
 
-image_jepa: .venv/ready  ## features of unlabelled images (14 minutes, 72 %); ARGS="--loss sigreg", "--data path/to/folder" and any other flag
+image_jepa: .venv/ready  ## features of unlabelled images (13 minutes, 72 %); ARGS="--data path/to/folder" for your own, "--loss sigreg" and any other flag
 	$(RUN) image_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest image_jepa
 
