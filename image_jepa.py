@@ -286,8 +286,7 @@ def augment(images: Tensor, cfg: Config) -> Tensor:
     x = torch.where(chance(0.5), x.flip(3), x)
     strength = cfg.jitter * (uniform(0, 1, 1) < 0.8)
     factor = lambda limit: 1 + strength * uniform(-limit, limit, 1)
-    hue = factor(0.1) - 1  # a shift: 0 changes nothing
-    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), hue), 1)
+    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)  # of the hue 0 changes nothing
     x = jitter_colours(x, factors, order=uniform(0, 1, 4).argsort(1))
     x = torch.where(chance(cfg.grey), rgb_to_grayscale(x), x)
     return torch.where(chance(cfg.solarise) & (x >= 0.5), 1 - x, x)
