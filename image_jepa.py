@@ -123,6 +123,8 @@ class Config:
             raise UserError("--log-every, --epochs and --lr must be positive, --seed not negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError("--crop-scale takes two parts of an area, the smaller first, above 0 and at most 1")
+        if self.backbone.startswith("vit") and self.crop_size % self.patch_size:
+            raise UserError(f"--crop-size {self.crop_size} does not divide into patches of {self.patch_size} px")
 
 
 # What gpu, cpu and smoke have in common.

@@ -17,13 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 BLUE, ORANGE, RED, GREY = (0, 114, 178), (230, 159, 0), (213, 94, 0), (120, 120, 120)  # Okabe-Ito, colour-blind safe
-METER = (
-    "std_min",
-    "std_mean",
-    "correlation",
-    "agreement",
-)  # between 0 and about 1; the effective rank has its own panel
-NO_TERM = {"step", "lr", "milliseconds", "clips_per_second", "views_per_second", "loss", "effective_rank", *METER}
+METER = ("std_min", "std_mean", "correlation", "projection_std")  # the effective rank has a panel of its own
+NO_TERM = {"step", "lr", "milliseconds", "clips_per_second", "loss", "effective_rank", *METER}
 
 
 # ---------------------------------------------------------------------------------------------------- for every run

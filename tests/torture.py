@@ -71,7 +71,7 @@ def same(a, b) -> bool:
 def losses(folder: Path) -> dict[int, dict]:
     """What was logged, by step; of steps that were logged twice, the last."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("milliseconds", "clips_per_second", "views_per_second")
+    clock = ("milliseconds", "clips_per_second")
     return {r["step"]: {k: v for k, v in r.items() if k not in clock} for r in records if "loss" in r}
 
 
