@@ -26,7 +26,7 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (1
 	$(RUN) video_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest video_jepa
 
-world_model: .venv/ready  ## train a world model and plan with it (14 minutes, 96-100 %); ARGS="--preset paper" and any other flag
+world_model: .venv/ready  ## train a world model and plan with it (13 minutes, 96 %); ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 	$(RUN) results/draw.py --newest world_model
 

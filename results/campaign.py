@@ -20,14 +20,15 @@ ROOT = Path(__file__).parents[1]
 # script -> flags of every run, {run: (its flags, published figure or "")}, figures that are kept
 ABLATIONS = {
     "world_model": (
-        ["--max-steps", "1500", "--layouts", "300", "--distance-steps", "800"],
+        ["--steps", "2500", "--episodes", "500"],
         {
             "all terms": ([], "97"),
-            "no variance": (["--ablate", "variance"], "47"),
-            "no covariance": (["--ablate", "covariance"], "46"),
-            "no similarity": (["--ablate", "similarity"], "61"),
-            "no inverse dynamics": (["--ablate", "inverse-dynamics"], "1"),
-            "one step instead of eight": (["--ablate", "rollout"], ""),
+            "no variance": (["--variance-weight", "0"], "47"),
+            "no covariance": (["--covariance-weight", "0"], "46"),
+            "no similarity": (["--similarity-weight", "0"], "61"),
+            "no inverse dynamics": (["--inverse-weight", "0"], "1"),
+            "one step instead of four": (["--rollout", "1"], ""),
+            "all terms, latent cost": (["--cost", "latent"], ""),
         },
         ("success_rate", "success_interval", "effective_rank", "train_seconds"),
     ),

@@ -135,20 +135,13 @@ WORLD, REACHED = 65, 4.5  # side of a frame; a goal counts as reached within so 
 
 def draw_world(run: Path, summary: dict, examples: dict) -> None:
     steps = range(1, len(summary["position_error_px"]) + 1)
-
-    def against_copy(name, baseline, label):
-        predicted = ("predicted", steps, summary[name], "-")
-        copied = ("baseline: the first frame", steps, summary[baseline], "--")
-        return dict(x="steps predicted open-loop", y=label, lines=[predicted, copied])
-
-    panels = [against_copy("position_error_px", "copy_error_px", "position error (px)")]
-    panels.append(against_copy("latent_error", "copy_latent_error", "latent error (mean square)"))
-    save_lines(run / "unroll.png", panels)
+    lines = [("predicted", steps, summary["position_error_px"], "-")]
+    lines.append(("baseline: the first frame", steps, summary["copy_error_px"], "--"))
+    save_lines(run / "unroll.png", [dict(x="steps predicted open-loop", y="position error (px)", lines=lines)])
     draw_unroll(run / "unroll.gif", examples)
-    if "position" not in examples:
-        return
-    styles = {"agent": "-", "straight": "--", "random": ":"}
-    lines = [(name, range(len(examples[f"near_{name}"])), examples[f"near_{name}"], styles[name]) for name in styles]
+    styles = {"agent": "-", "untrained": "-.", "straight_line": "--", "random": ":"}
+    near = {name.replace("_", " "): (examples[f"near_{name}"], style) for name, style in styles.items()}
+    lines = [(name, range(len(share)), share, style) for name, (share, style) in near.items()]
     panel = dict(x="environment step", y=f"within {REACHED} px of the goal (%)", lines=lines)
     save_lines(run / "success.png", [panel])
     draw_paths(run / "map.png", examples)

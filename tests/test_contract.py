@@ -1,7 +1,4 @@
-"""What every script promises: exact resume, nothing saved is lost, clear errors, several processes, importable.
-
-The scripts of SCRIPTS have the short form of this contract; test_reliability.py is about the others.
-"""
+"""What every script promises: exact resume, nothing saved is lost, clear errors, several processes, importable."""
 
 import ast
 import dataclasses
@@ -21,15 +18,17 @@ from helpers import assert_same, wait_until
 
 import image_jepa as ij
 import video_jepa as vj
+import world_model as wm
 
 ROOT = Path(__file__).parents[1]
 FAST = {  # 24 steps
     vj: dict(sequences=60, batch_size=4, predictor_width=16, epochs=1, max_steps=24, log_every=6, save_every=0),
     ij: dict(batch_size=50, width=8, epochs=0.2, log_every=6, save_every=0),
+    wm: dict(walks=64, steps=24, log_every=6, save_every=0),
 }
-NO_EVALUATION = {vj: dict(validation_clips=0), ij: dict(evaluate=False)}
-SMALL = {vj: dict(rounds=1), ij: {}}  # compiles faster
-ENDLESS = {vj: dict(epochs=1000, max_steps=0), ij: dict(epochs=1000)}
+NO_EVALUATION = {vj: dict(validation_clips=0), ij: dict(evaluate=False), wm: dict(episodes=0)}
+SMALL = {vj: dict(rounds=1), ij: {}, wm: dict(rollout=1)}  # compiles faster
+ENDLESS = {vj: dict(epochs=1000, max_steps=0), ij: dict(epochs=1000), wm: dict(steps=10**6)}
 SCRIPTS = pytest.mark.parametrize("script", FAST, ids=lambda script: script.SCRIPT)
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
 PROCESSES = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -256,6 +255,10 @@ torch.manual_seed(0)
 if sys.argv[1] == "video_jepa":
     model = script.Model(cfg).double()
     batch = [script.make_batch(cfg, script.make_clips(script.load_sequences(cfg)[0], device), 3, rank, world)]
+elif sys.argv[1] == "world_model":
+    model = script.Model(cfg).double()
+    walks = script.shortest_paths(cfg, script.make_walks(cfg, cfg.walks, 0))
+    batch = [script.make_batch(cfg, type(walks)(*(x.double() for x in walks[:3]), walks.steps), 3, rank, world)]
 else:
     script.augment = lambda images, cfg: images / 255 + torch.rand(3, 32, 32)  # the same for all images
     model = script.Model(cfg, 10).double()

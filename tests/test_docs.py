@@ -1,8 +1,6 @@
 """README, Makefile, presets and results agree."""
 
-import ast
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -24,9 +22,6 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-scripts = pytest.mark.parametrize("script", [wm], ids=lambda s: s.SCRIPT)  # of the others: test_contract.py
-
-
 def test_tables_are_those_of_the_results():
     sys.path.insert(0, str(ROOT / "results"))
     import tables
@@ -45,52 +40,10 @@ def test_every_command_flag_and_path_exists():
     assert flags <= fields | {"help", "nproc_per_node", "nnodes", "node_rank", "rdzv-endpoint"}, flags - fields
     for script in (wm, ij, vj):  # each flag is one of the script that it stands behind
         lines = re.findall(rf"^(?:python|torchrun .*?) {script.SCRIPT}\.py(.*)", code, re.M)
-        parse = script.parse if script is wm else script.parse_args
         lines = [shlex.split(line, comments=True) for line in lines if "--resume" not in line]
-        assert lines and all(parse(["--preset", "cpu", *line]) for line in lines)
+        assert lines and all(script.parse_args(["--preset", "cpu", *line]) for line in lines)
     for path in re.findall(r"(?:^|[\s`(])((?:kernels|tests|results)/[\w./]+|\w+\.py)", README):
         assert (ROOT / path).exists(), path
-
-
-@scripts
-def test_presets_and_fields_have_no_dead_names(script):
-    fields = {f.name for f in dataclasses.fields(script.Config)}
-    assert set(script.PRESETS) == {"gpu", "paper", "cpu", "smoke"} and script.MAY_CHANGE_ON_RESUME <= fields
-    for name, values in script.PRESETS.items():
-        assert set(values) <= fields, name
-    tree = ast.parse((ROOT / f"{script.SCRIPT}.py").read_text())
-    used = [
-        part for part in tree.body if getattr(part, "name", "") not in ("check", "restore")
-    ]  # these look at all fields
-    read = {n.attr for part in used for n in ast.walk(part) if isinstance(n, ast.Attribute)}
-    assert fields <= read, fields - read
-
-
-@scripts
-def test_help_shows_every_field_with_its_meaning(script):
-    shown = subprocess.run(
-        [sys.executable, f"{script.SCRIPT}.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    words, meanings = (
-        re.sub(r"[\s│]+", " ", shown),
-        re.findall(r"^    (\w+): .*?  # (.+)", inspect.getsource(script.Config), re.M),
-    )
-    assert [name for name, _ in meanings] == [field.name for field in dataclasses.fields(script.Config)]
-    for name, meaning in meanings:
-        flag = "--" + name.replace("_", "-")
-        assert flag in words and meaning in words, f"{flag}: {meaning}"
-
-
-@scripts
-def test_importing_does_nothing(script):
-    code = (
-        "import sys, torch; before = torch.get_rng_state()\n"
-        f"import {script.SCRIPT}\n"
-        "assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
-        "assert not {'torchvision', 'matplotlib', 'scipy', 'wandb'} & set(sys.modules)"
-    )
-    ended = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0 and not ended.stdout and not ended.stderr, ended.stderr
 
 
 def test_make_lists_its_targets():
@@ -140,7 +93,9 @@ def test_example_of_video(tmp_path):
 
 
 def test_example_of_an_agent(tmp_path, capsys):
-    code = example("world_model").replace('"runs/world_model/cpu-1"', trained(wm, tmp_path / "run", episodes=0))
+    code = example("world_model").replace(
+        '"runs/world_model/cpu-20261126-101500"', trained(wm, tmp_path / "run", episodes=0)
+    )
     exec(code, names := {})
     assert names["truncated"].all() and "tensor([" in capsys.readouterr().out
 
