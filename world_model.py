@@ -8,7 +8,8 @@ A dot moves through two rooms joined by a door. Nothing tells the model what a p
          + w_v variance(z) + w_c covariance(z)           against collapse: VICReg (arXiv 2105.04906), in kernels/
          + w_s |z_t - z_{t+1}|^2                         similarity: latents change slowly
          + w_i |inverse(z_t, z_{t+1}) - a_t|^2           inverse dynamics: latents tell which action was taken
-         + w_d quantile(steps - distance(y, goal))       the number of steps to other places; not in preset paper
+         + w_d quantile(steps - distance(y, goal))       the number of steps to other places, and
+         + w_d |its change - the change of distance|     its change over the clip; neither in preset paper
     plan: argmin over a_0 .. a_{H-1} of sum_k cost(y_k, encode(goal image)), by MPPI or CEM, every few steps
 
 where |.|^2 is a mean over features. The published recipe (preset paper, arXiv 2602.03604) takes |y - goal|^2 for the
@@ -53,7 +54,7 @@ from tqdm import trange
 from kernels import gru_rollout_cost, use_triton, variance_covariance_loss
 
 SCRIPT = "world_model"
-FORMAT = "nanojepa/world_model/2"  # of a checkpoint
+FORMAT = "nanojepa/world_model/3"  # of a checkpoint
 
 
 class UserError(ValueError):
@@ -81,7 +82,6 @@ class Config:
     # model
     encoder: Literal["impala", "strided"] = "impala"  # strided: for CPUs, at half resolution, one convolution a stage
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages of the encoder
-    wall_gain: float = 1.0  # contrast of the walls over the published normalisation
     latent_dim: int = 512  # features of a latent
     slow_features: int = 0  # the similarity loss has these, inverse dynamics the others; 0 = both have all
     predictor: Literal["gru", "residual"] = "gru"  # residual: z + MLP(z, a)
@@ -97,6 +97,7 @@ class Config:
     steps: int = 3120  # of the whole schedule
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 384  # clips a step, over all processes
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, with Adam at a tenth of its rate for vectors
     lr: float = 1e-3  # peak learning rate, after linear warm-up over the first tenth and before a cosine decay to 1e-5
     # planning
     cost: Literal["latent", "distance"] = "latent"  # of a predicted latent: mean squared difference, learnt distance
@@ -132,15 +133,15 @@ class Config:
 
 # What gpu, cpu and smoke have in common.
 FAST = dict(cost="distance", walks=36000, walks_per_layout=32, predictor="residual")
-FAST |= dict(prediction_weight=4.0, inverse_weight=16.0, wall_gain=3.0)
+FAST |= dict(prediction_weight=4.0, inverse_weight=16.0, optimizer="muon", lr=0.02)
 FAST |= dict(planner="cem", samples=64, iterations=2, elites=8, horizon=4, init_std=1.0, action_limit=1.8)
 FAST |= dict(replan_every=4)
 CPU = dict(FAST, encoder="strided", channels=(16, 32, 64), latent_dim=128, slow_features=64)
-CPU |= dict(clip_frames=5, rollout=4, batch_size=256, lr=2e-3, bf16=False, compile=False)
+CPU |= dict(clip_frames=5, rollout=4, batch_size=256, bf16=False, compile=False)
 PRESETS: dict[str, dict] = {
     "gpu": dict(FAST, slow_features=256, steps=6000),  # not tuned yet
     "paper": {},
-    "cpu": dict(CPU, steps=7000),
+    "cpu": dict(CPU, steps=4000),
     "smoke": dict(CPU, walks=128, walks_per_layout=16, channels=(8, 8, 16), latent_dim=32, slow_features=16),
 }
 PRESETS["smoke"] |= dict(steps=60, batch_size=32, episodes=6, log_every=10)
@@ -173,10 +174,10 @@ class Tasks(NamedTuple):
 def move(position: Tensor, action: Tensor, layout: Tensor, noise: Tensor | None = None) -> Tensor:
     """Positions [N, 2] of dots after actions [N, 2], by the published law.
 
-    Training and evaluation differ, as published. Without noise, in training walks, a blocked move does not happen. With
-    noise [N, 2, 2], standard normal numbers for a contact with a vertical and with a horizontal face, it ends at the
-    contact plus half of them, px: the part across the face turned away from it, the part along the face as it is, so
-    that the dot slides."""
+    In episodes noise [N, 2, 2] is given, standard normal numbers for a contact with a vertical and with a horizontal
+    face: a blocked move ends at the contact plus half of them, px, the part across the face turned away from it, the
+    part along the face as it is, so that the dot slides. Without noise, in the published training walks, a blocked move
+    does not happen at all."""
     wall, door = layout.unbind(1)
     (x, y), (dx, dy) = position.unbind(1), action.unbind(1)
     left = x < wall
@@ -301,8 +302,11 @@ class TwoRooms:
 
 # ------------------------------------------------------------------------------------------------------------- data
 FRAMES = 90  # of a walk
-GOAL_FRAMES = (0, 45)  # of each walk: places to which shortest paths are computed
+GOAL_EVERY = 45  # frames of the walks of a layout, from one to which shortest paths are computed to the next
 GOALS = 3  # of each clip
+CANDIDATES = (
+    3  # random clips of a walk, of which the one that begins nearest the door is taken, unless the cost is latent
+)
 UNKNOWN = 255  # steps: no path was found, or a longer one
 
 
@@ -310,12 +314,13 @@ class Walks(NamedTuple):
     position: Tensor  # [N, 90, 2] px
     action: Tensor  # [N, 89, 2] px
     layout: Tensor  # [N, 2] px; W = walks_per_layout successive walks share theirs
-    steps: Tensor  # [N / W, 2 W, 90 W] uint8: fewest steps from every frame of a layout to its goal frames; or empty
+    steps: Tensor  # [N / W, 2 W, 90 W] uint8: fewest steps from every frame of a layout to its goals; or empty
 
 
 def make_walks(cfg: Config, n: int, seed: int) -> Walks:
     """n random walks. Of three candidates the first that passes the door is taken, or else the first: about a quarter
-    of the published walks pass it, and one in ten of random ones."""
+    of the published walks pass it, and one in ten of random ones. Walks for --cost distance are stopped by walls as in
+    episodes, so that the dot is seen where the planner will meet it."""
     g, rng, candidates = torch.Generator().manual_seed(seed), np.random.default_rng(seed), 3
     layout = random_layout(n // cfg.walks_per_layout, g).repeat_interleave(cfg.walks_per_layout, 0)
     of_candidates = layout.repeat(candidates, 1)
@@ -328,7 +333,8 @@ def make_walks(cfg: Config, n: int, seed: int) -> Walks:
     action = length[..., None] * torch.stack((heading.cos(), heading.sin()), 2)
     positions = [position]
     for a in action.unbind(1):
-        positions.append(move(positions[-1], a, of_candidates))
+        noise = torch.randn(len(a), 2, 2, generator=g) if cfg.cost == "distance" else None
+        positions.append(move(positions[-1], a, of_candidates, noise))
     position = torch.stack(positions, 1)
     right = position[..., 0] > of_candidates[:, :1]
     passes = (right.any(1) & ~right.all(1)).view(candidates, n)
@@ -337,7 +343,7 @@ def make_walks(cfg: Config, n: int, seed: int) -> Walks:
 
 
 def shortest_paths(cfg: Config, walks: Walks) -> Walks:
-    """The walks with `steps`: the fewest steps from every frame of a layout to two frames of each of its walks.
+    """The walks with `steps`: the fewest steps from every frame of a layout to each 45th of them, two of a walk.
 
     All frames of the walks of a layout make a graph. One step joins frames that follow each other, and frames whose
     pictures differ no more than those of a median step, 1 px: they show nearly the same place. (Isomap, Tenenbaum et
@@ -346,8 +352,8 @@ def shortest_paths(cfg: Config, walks: Walks) -> Walks:
     layout on two cores; with several processes each computes all."""
     W, n = cfg.walks_per_layout, cfg.walks_per_layout * FRAMES
     frame = torch.arange(n).view(W, FRAMES)
-    this, following, goal = frame[:, :-1].flatten(), frame[:, 1:].flatten(), frame[:, GOAL_FRAMES].flatten()
-    steps = torch.empty(len(walks.position) // W, len(goal), n, dtype=torch.uint8)
+    this, following, goals = frame[:, :-1].flatten(), frame[:, 1:].flatten(), range(0, n, GOAL_EVERY)
+    steps = torch.empty(len(walks.position) // W, len(goals), n, dtype=torch.uint8)
     for k in trange(len(steps), desc="shortest paths", unit="layout", disable=None):
         of_layout = slice(k * W, (k + 1) * W)
         dots = render(walks.position[of_layout], walks.layout[of_layout])[:, :, 0].flatten(0, 1)  # [n, 65, 65]
@@ -356,7 +362,7 @@ def shortest_paths(cfg: Config, walks: Walks) -> Walks:
         of_step = difference[this, following]
         joined = difference <= of_step[of_step > 0].median()
         joined[this, following] = True
-        found = dijkstra(csr_matrix(joined.numpy()), directed=False, unweighted=True, indices=goal.numpy())
+        found = dijkstra(csr_matrix(joined.numpy()), directed=False, unweighted=True, indices=goals)
         steps[k] = torch.from_numpy(found).clamp(max=UNKNOWN)
     return walks._replace(steps=steps)
 
@@ -375,21 +381,20 @@ def make_batch(cfg: Config, walks: Walks, step: int, rank: int = 0, world: int =
     epoch, n = divmod(step, len(walks.position) // B)
     walk = np.random.default_rng((cfg.seed, epoch)).permutation(len(walks.position))[n * B : (n + 1) * B]
     rng = np.random.default_rng((cfg.seed, epoch, n))
-    first = rng.integers(FRAMES - T, size=B)
-    goal = rng.integers(W * len(GOAL_FRAMES), size=(B, GOALS))
-    walk, first, goal = (torch.from_numpy(x[rank::world]).to(walks.position.device) for x in (walk, first, goal))
+    first = rng.integers(FRAMES - T, size=(B, CANDIDATES if cfg.cost == "distance" else 1))
+    goal = rng.integers(W * FRAMES // GOAL_EVERY, size=(B, GOALS))
+    to_device = lambda x: torch.from_numpy(x[rank::world]).to(walks.position.device, non_blocking=True)
+    walk, first, goal = to_device(walk), to_device(first), to_device(goal)
+    to_door = (walks.position[walk[:, None], first] - walks.layout[walk, None]).norm(dim=2)
+    first = first.gather(1, to_door.argmin(1, keepdim=True))[:, 0]
     frames = first[:, None] + torch.arange(T, device=first.device)
     clips = walks.position[walk[:, None], frames], walks.action[walk[:, None], frames], walks.layout[walk]
     if cfg.cost == "latent":
         return Batch(*clips, clips[0][:, :0], goal[:, None, :0].expand(-1, 2, -1))
     layout = (walk // W)[:, None]
-    ends = (walk % W * FRAMES + first)[:, None] + torch.tensor([0, cfg.rollout], device=first.device)
+    ends = (walk % W * FRAMES + first)[:, None] + cfg.rollout * torch.arange(2, device=first.device)  # in the layout
     steps = walks.steps[layout[:, :, None], goal[:, None], ends[:, :, None]]
-    in_walk, goal_frame = (
-        goal // len(GOAL_FRAMES),
-        torch.tensor(GOAL_FRAMES, device=goal.device)[goal % len(GOAL_FRAMES)],
-    )
-    return Batch(*clips, walks.position[layout * W + in_walk, goal_frame], steps)
+    return Batch(*clips, walks.position.view(-1, W * FRAMES, 2)[layout, GOAL_EVERY * goal], steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -431,7 +436,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * side * side, cfg.latent_dim))
         self.norm = nn.LayerNorm(cfg.latent_dim)
         self.register_buffer("mean", torch.tensor(MEAN).view(2, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor((STD[0], STD[1] / cfg.wall_gain)).view(2, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(2, 1, 1), persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
         x = observations
@@ -518,9 +523,11 @@ def losses(model: Model, cfg: Config, batch: Batch) -> tuple[Tensor, dict[str, T
     terms["variance"], terms["covariance"] = variance_covariance_loss(rows)
     terms["similarity"] = F.mse_loss(z[:, 1:, model.slow], z[:, :-1, model.slow])
     terms["inverse_dynamics"] = F.mse_loss(action, batch.action[:, :-1])
-    error = batch.steps - distance
-    error = torch.maximum(QUANTILE * error, (QUANTILE - 1) * error)  # least where distance is this quantile
-    terms["distance"] = (error * (batch.steps < UNKNOWN)).sum() / max(1, error.numel())  # unknown paths count 0
+    error, known = batch.steps - distance, batch.steps < UNKNOWN
+    level = torch.maximum(QUANTILE * error, (QUANTILE - 1) * error)  # least where distance is this quantile
+    change = error.diff(dim=1).abs()  # from y_0 to y_K: the planner compares, and both paths are too long alike
+    total = (level * known).sum() + (change * known.all(1, keepdim=True)).sum()
+    terms["distance"] = total / max(1, error.numel())
     weights = dict(prediction=cfg.prediction_weight, variance=cfg.variance_weight, covariance=cfg.covariance_weight)
     weights |= dict(similarity=cfg.similarity_weight, inverse_dynamics=cfg.inverse_weight, distance=cfg.distance_weight)
     loss = sum(weights[name] * term for name, term in terms.items())
@@ -547,6 +554,31 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
+class Muon(torch.optim.Muon):
+    """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
+
+    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
+    memory: make it after the model has moved to its device."""
+
+    def __init__(self, weights: list[nn.Parameter]):
+        self.weights = weights
+        super().__init__([w.data.view(len(w), -1) for w in weights], momentum=0.9, weight_decay=0.01)
+
+    def step(self) -> None:
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
+            matrix.grad = weight.grad.flatten(1)
+        super().step()
+
+
+def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
+    """Pairs of a factor of the learning rate and an optimiser."""
+    if cfg.optimizer == "adamw":
+        return [(1.0, torch.optim.AdamW(model.parameters(), weight_decay=1e-5))]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [(1.0, Muon(matrices)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
+
+
 def learning_rate(cfg: Config, step: int) -> float:
     """Linear warm-up over the first tenth of the schedule, then a cosine to 1e-5, as published."""
     warmup, first, last = cfg.steps // 10, 1e-11, 1e-5
@@ -795,7 +827,7 @@ def train(cfg: Config) -> dict:
         raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume")
     torch.manual_seed(cfg.seed)
     model = Model(cfg).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-5)
+    optimizers = make_optimizers(model, cfg)
     start, seconds = 0, 0.0
     if cfg.resume:
         state = read_checkpoint(run_dir / "checkpoint.pt")
@@ -803,7 +835,8 @@ def train(cfg: Config) -> dict:
             if name not in MAY_CHANGE_ON_RESUME and value != getattr(cfg, name):
                 raise UserError(f"--resume: this run has {name} {value}, not {getattr(cfg, name)}")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for (_, optimizer), saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start, seconds = state["step"], state["seconds"]
     end = max(start, min(cfg.steps, cfg.max_steps or cfg.steps))
     parameters = sum(p.numel() for p in model.encoder.parameters())
@@ -832,9 +865,10 @@ def train(cfg: Config) -> dict:
                 dist.all_reduce(p.grad.div_(world))  # the mean
         clip_gradients(model)
         lr = learning_rate(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        for factor, optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            optimizer.step()
         model.zero_grad()
         done = step + 1
         if step == start:
@@ -867,7 +901,8 @@ def train(cfg: Config) -> dict:
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
                 # batches and learning rates are functions of (seed, step): this is enough for an exact resume
                 state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
-                state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                state["model"] = model.state_dict()
+                state["optimizers"] = [optimizer.state_dict() for _, optimizer in optimizers]
                 save_checkpoint(run_dir / "checkpoint.pt", state)
                 save_time = time.perf_counter()
         if signals and done < end:

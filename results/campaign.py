@@ -29,6 +29,7 @@ ABLATIONS = {
             "no inverse dynamics": (["--inverse-weight", "0"], "1"),
             "one step instead of four": (["--rollout", "1"], ""),
             "all terms, latent cost": (["--cost", "latent"], ""),
+            "AdamW instead of Muon": (["--optimizer", "adamw", "--lr", "0.002"], ""),
         },
         ("success_rate", "success_interval", "effective_rank", "train_seconds"),
     ),

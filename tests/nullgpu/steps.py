@@ -1,0 +1,129 @@
+"""What the scripts do on a GPU, as far as the host sees it: python steps.py WHAT [SCRIPT PRESET]; prints one JSON line.
+
+To be run with the null GPU of driver.c preloaded (test_nullgpu.py does it), from the repository's root."""
+
+import ctypes
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, os.getcwd())
+NAMES = "launches syncs to_host to_device graphs captured bytes peak_bytes".split()
+driver = ctypes.CDLL("libcuda.so.1")
+
+
+def counts() -> dict[str, float]:
+    values = (ctypes.c_double * len(NAMES))()
+    driver.nullgpu_counts(values)
+    return dict(zip(NAMES, values))
+
+
+def small(script, name: str, **settings):
+    """A preset as it is on a GPU, but for the amount of data, which are made here."""
+    data = dict(image_jepa=dict(data="digits", evaluate=False), video_jepa=dict(data="digits", sequences=80))
+    data |= dict(world_model=dict(walks=384, episodes=0))
+    if script.SCRIPT == "video_jepa":
+        settings.setdefault("validation_clips", 0)
+    return script.preset(name, device="cuda", **data[script.SCRIPT], **settings)
+
+
+def train(script, name: str) -> dict:
+    """Three steps through train(), two more after a resume, and the model loaded again."""
+    cfg = small(script, name, compile=False, max_steps=3, run_dir=str(Path(tempfile.mkdtemp()) / "run"))
+    script.train(cfg)
+    script.train(script.dataclasses.replace(cfg, resume=True, max_steps=5))
+    loaded = script.load(cfg.run_dir, device="cuda")
+    module = getattr(loaded, "model", loaded)
+    lines = (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return dict(device=next(module.parameters()).device.type, steps=[json.loads(line)["step"] for line in lines])
+
+
+def parts(script, name: str, **settings):
+    cfg = small(script, name, **settings)
+    device, _, _ = script.start_device(cfg)
+    if script.SCRIPT == "image_jepa":
+        images = script.load_images(cfg)
+        data = script.Images(*(x.to(device) for x in images[:4]), images.classes)
+        model = script.Model(cfg, len(images.classes)).to(device)
+        batch = lambda step: script.make_batch(cfg, data, step, 0, 1)
+    elif script.SCRIPT == "video_jepa":
+        data = script.make_clips(script.load_sequences(cfg)[0], device)
+        model = script.Model(cfg).to(device)
+        batch = lambda step: (script.make_batch(cfg, data, step, 0, 1),)
+    else:
+        walks = script.make_walks(cfg, cfg.walks, 0)
+        walks = script.shortest_paths(cfg, walks) if cfg.cost == "distance" else walks
+        walks = script.Walks(*(x.to(device) for x in walks))
+        model = script.Model(cfg).to(device)
+        batch = lambda step: (script.make_batch(cfg, walks, step),)
+    return cfg, model, batch
+
+
+def step(script, name: str) -> dict:
+    """One whole step, its loss compiled as one graph, in which nothing may wait for the device."""
+    cfg, model, batch = parts(script, name)
+    optimizers = script.make_optimizers(model, cfg)
+    compiled = torch.compile(script.losses, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = {}
+    for k in range(3):
+        if k == 2:  # the others compile, and make the optimisers' state
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.set_sync_debug_mode("error")
+        made = batch(k)
+        before, begin = counts(), time.perf_counter()
+        loss, _, _ = compiled(model, cfg, *made)
+        loss.backward()
+        middle = counts()
+        for _, optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        after = counts()
+        found = dict(forward_backward=middle["launches"] - before["launches"])
+        found |= dict(update=after["launches"] - middle["launches"], milliseconds=1e3 * (time.perf_counter() - begin))
+        found |= {name: after[name] - before[name] for name in ("syncs", "to_host", "to_device")}
+    torch.cuda.set_sync_debug_mode("default")
+    found |= dict(peak_gigabytes=torch.cuda.max_memory_allocated() / 2**30)
+    stats = torch._dynamo.utils.counters["stats"]
+    return found | dict(graphs=stats["unique_graphs"])
+
+
+def faults() -> dict:
+    """Mistakes that the null GPU must tell from good code: name -> whether it did."""
+    x, caught = torch.zeros(8, device="cuda"), {}
+
+    def expect(name, function):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+            caught[name] = False
+        except RuntimeError:
+            caught[name] = True
+        torch.cuda.set_sync_debug_mode("default")
+
+    def captured(function):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            function()
+
+    x + x  # good code passes
+    expect("nothing", lambda: x + x)
+    expect("a value read", lambda: x.sum().item())
+    expect("a boolean mask", lambda: x[x > 0])
+    expect("another device", lambda: x + torch.zeros(8))
+    expect("another device's generator", lambda: torch.randn(8, device="cuda", generator=torch.Generator()))
+    expect("more memory than there is", lambda: torch.empty(2**38, device="cuda"))
+    expect("a copy from the host in a graph", lambda: captured(lambda: x + torch.zeros(8).to("cuda")))
+    return caught
+
+
+if __name__ == "__main__":
+    what, *which = sys.argv[1:]
+    if which:
+        which[0] = importlib.import_module(which[0])
+    print(json.dumps(globals()[what](*which)))
