@@ -4,7 +4,7 @@ ARGS ?=
 PIP_ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help setup image_jepa video_jepa world_model ablations gpu_campaign bench results test torture clean
+.PHONY: help setup demo image_jepa video_jepa world_model ablations gpu_campaign bench results test torture clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -18,6 +18,9 @@ help:  ## this list
 
 setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
 
+demo: .venv/ready  ## trained models at once: plans, predictions, neighbours of images (a minute); ARGS="--images FOLDER" for yours
+	$(RUN) results/demo.py $(ARGS)
+
 image_jepa: .venv/ready  ## features of unlabelled images (13 minutes, 72 %); ARGS="--data path/to/folder" for your own, "--loss sigreg" and any other flag
 	$(RUN) image_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest image_jepa
@@ -26,7 +29,7 @@ video_jepa: .venv/ready  ## predict latents of coming frames of moving digits (1
 	$(RUN) video_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest video_jepa
 
-world_model: .venv/ready  ## train a world model and plan with it (13 minutes, 96 %); ARGS="--preset paper" and any other flag
+world_model: .venv/ready  ## train a world model and plan with it (10 minutes, 99 %); ARGS="--preset paper" and any other flag
 	$(RUN) world_model.py $(ARGS)
 	$(RUN) results/draw.py --newest world_model
 

@@ -341,7 +341,7 @@ def make_batch(cfg: Config, images: Images, step: int, rank: int = 0, world: int
     epoch, n = divmod(step, len(images.train) // cfg.batch_size)
     order = np.random.default_rng((cfg.seed, epoch)).permutation(len(images.train))
     index = order[n * cfg.batch_size : (n + 1) * cfg.batch_size][rank::world]
-    index = torch.from_numpy(index).to(images.train.device)
+    index = torch.from_numpy(index).to(images.train.device, non_blocking=True)
     return images.train[index], images.train_labels[index]
 
 

@@ -224,7 +224,7 @@ def make_batch(cfg: Config, clips: Clips, step: int, rank: int = 0, world: int =
     epoch, n = divmod(step, len(clips.frames) // cfg.batch_size)
     order = np.random.default_rng((cfg.seed, epoch)).permutation(len(clips.frames))
     index = order[n * cfg.batch_size : (n + 1) * cfg.batch_size][rank::world]
-    index = torch.from_numpy(index).to(clips.frames.device)
+    index = torch.from_numpy(index).to(clips.frames.device, non_blocking=True)
     return Clips(clips.frames[index], clips.labels[index])
 
 

@@ -92,12 +92,18 @@ def test_example_of_video(tmp_path):
     assert names["where"].shape == (8, 5, 8, 8) and names["model"].decode(names["future"]).shape == (8, 5, 64, 64)
 
 
-def test_example_of_an_agent(tmp_path, capsys):
-    code = example("world_model").replace(
-        '"runs/world_model/cpu-20261126-101500"', trained(wm, tmp_path / "run", episodes=0)
-    )
-    exec(code, names := {})
-    assert names["truncated"].all() and "tensor([" in capsys.readouterr().out
+def test_example_of_an_agent(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(example("world_model"), names := {})
+    assert names["truncated"].all() and names["info"]["success"].all() and "tensor([" in capsys.readouterr().out
+
+
+def test_demo(tmp_path):
+    command = [sys.executable, "results/demo.py", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "100 % of 12 tasks solved" in ended.stdout, ended.stdout + ended.stderr
+    for figure in ("paths.png", "episodes.gif", "rollout.gif", "views.png", "neighbours.png"):
+        assert (tmp_path / figure).stat().st_size > 10_000
 
 
 def test_example_of_kernels():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from nullgpu import build
 
+import world_model
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["image_jepa", "video_jepa", "world_model"]
 pytestmark = pytest.mark.skipif(bool(build.obstacle()), reason=f"null GPU: {build.obstacle()}")
@@ -38,3 +40,31 @@ def test_faults_are_caught(run):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_trains_resumes_and_loads(run, script, preset):
     assert run("train", script, preset) == dict(device="cuda", steps=[3, 5])
+
+
+@pytest.mark.parametrize("preset", ["gpu", "paper"])
+def test_a_round_of_the_planner_is_one_graph(run, preset):
+    found = run("planner", "world_model", preset)
+    cfg = world_model.preset(preset)
+    assert found["graph_graphs"] == cfg.iterations and found["eager_graphs"] == 0
+    assert found["graph_launches"] < 40 + 20 * cfg.iterations < found["eager_launches"], found
+
+
+# at most so many launches forward and backward, and in the update, uncompiled; GiB allocated
+BOUNDS = {
+    ("image_jepa", "gpu"): (3500, 900, 2),
+    ("image_jepa", "paper"): (1800, 460, 2),
+    ("video_jepa", "gpu"): (740, 700, 1.7),
+    ("video_jepa", "paper"): (2000, 20, 50),
+    ("world_model", "gpu"): (1000, 1000, 6),
+    ("world_model", "paper"): (720, 10, 5.5),
+}
+
+
+@pytest.mark.parametrize("script, preset", BOUNDS)
+def test_a_step_is_one_graph_and_waits_for_nothing(run, script, preset):
+    """Any call that makes the host wait for the device raises here, in the batch, the loss, its gradient or the update."""
+    found = run("step", script, preset)
+    assert found["graphs"] == 1 and found["syncs"] == found["to_host"] == 0, found
+    measured = found["forward_backward"], found["update"], found["peak_gigabytes"]
+    assert all(0 < value < bound for value, bound in zip(measured, BOUNDS[script, preset])), measured

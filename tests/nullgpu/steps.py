@@ -94,6 +94,25 @@ def step(script, name: str) -> dict:
     return found | dict(graphs=stats["unique_graphs"])
 
 
+def planner(script, name: str) -> dict:
+    """Two rounds of the search as a graph: what the second one launches, and what an eager round would."""
+    cfg = small(script, name)
+    device, _, _ = script.start_device(cfg)
+    agent = script.Agent(script.Model(cfg).to(device).requires_grad_(False), cfg)
+    obs = torch.zeros(20, 2, 65, 65, dtype=torch.uint8, device=device)
+    found = {}
+    for way in ("graph", "eager"):
+        for _ in range(2):
+            agent.reset()
+            before, begin = counts(), time.perf_counter()
+            agent.act(obs, obs, 200)
+            seconds, after = time.perf_counter() - begin, counts()
+        found |= {f"{way}_{what}": after[what] - before[what] for what in ("launches", "graphs")}
+        found[f"{way}_milliseconds"] = 1e3 * seconds
+        agent.one_round = script.search_round
+    return found
+
+
 def faults() -> dict:
     """Mistakes that the null GPU must tell from good code: name -> whether it did."""
     x, caught = torch.zeros(8, device="cuda"), {}
