@@ -47,7 +47,7 @@ def test_a_round_of_the_planner_is_one_graph(run, preset):
     found = run("planner", "world_model", preset)
     cfg = world_model.preset(preset)
     assert found["graph_graphs"] == cfg.iterations and found["eager_graphs"] == 0
-    assert found["graph_launches"] < 40 + 20 * cfg.iterations < found["eager_launches"], found
+    assert found["graph_launches"] < 100 + 15 * cfg.iterations < found["eager_launches"], found
 
 
 # at most so many launches forward and backward, and in the update, uncompiled; GiB allocated
