@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import shutil
 import warnings
 
 import torch
@@ -68,6 +70,8 @@ def _obstacle(kind: str, index: int | None, automatic: bool) -> str:
         reason = "triton is not installed"
     elif torch.version.hip or torch.cuda.get_device_capability(index) < (8, 0):
         reason = "they need an NVIDIA GPU of compute capability 8.0 or higher"
+    elif not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        reason = "Triton needs a C compiler to launch them, and there is none (apt install gcc)"
     if reason and automatic:
         warnings.warn(f"kernels: PyTorch instead of Triton on {kind}: {reason}", stacklevel=3)
     return reason

@@ -7,21 +7,19 @@ the gates and LayerNorm are written out, in float32 under autocast too. On 2 CPU
 bf16 products take 118 ms; a loop over `nn.GRUCell` and LayerNorm takes 112, in bf16 throughout and with 4 times the
 error (142 and 151 ms in another run).
 
-Triton: one kernel, launched in one of two ways. A step first settles the state (LayerNorm of all D features, distance
-to the goal), then computes blocks of the next state's columns, all three gates of a column together, so that the
-[E S, 3D] products never leave the registers. Weights come from the L2 cache (1.6 MB in bf16 at D 512).
+Triton, for at most 1,024 rows: one kernel, launched once a step, with the next step's states in memory in between. A
+program settles its 16 rows (LayerNorm of all D features, distance to the goal), then computes 64 of the next state's
+columns, all three gates of a column together, so that the [E S, 3D] products never leave the registers. The programs
+of the same rows settle them each for itself. A planner captures the H launches in a CUDA graph, as `CudaGraphs` in
+world_model.py does; launched one by one they take the CPU longer than the GPU.
 
-whole horizon, one launch: a program owns its rows for all steps, with a barrier inside the program between settling
-    and products. It reads all weights at every step, which one multiprocessor does in about 15 us at D 512: for small
-    D, where that is nothing and launches are everything, and for so many rows that every multiprocessor has some.
-one launch a step: programs share the columns of a block of rows too, and a launch is the barrier between them. For few
-    rows at large D: 200 rows are 13 programs in one launch, 104 in this way, each reading an eighth of the weights.
-
-Neither stores more than the current state (in float32 before and after LayerNorm, and in the products' dtype). A CUDA
-graph of a compiled loop takes three or more launches a step and writes the [E S, 3D] products; the second way in a CUDA
-graph takes one launch and writes none. Without a graph its H launches cost the CPU about 10 us each: for few rows a
-graph of the compiled loop may well be faster then. All this is estimated: launch constants and the choice between the
-ways are untuned, no GPU at hand.
+Counted, not measured (no GPU at hand), a step at D 512 on an H100, float32, as the published planner computes:
+200 rows (1 episode): 104 programs read 41 MB of weights from the L2 cache, about 15 us. A loop of library calls in a
+    CUDA graph has 4 kernels a step if it is compiled and 18 if not, of 3-5 us each: 1.5 and 4 times as long.
+4,000 rows (20 episodes): the programs of this kernel would read 0.8 GB, about 150 us; cuBLAS computes the same 6.3
+    GFLOP in 126 us at 50 TFLOP/s. Larger programs read less, but spill registers in float32 (80-900 bytes a thread on
+    sm_80, compiled ahead of time), and in bf16 cuBLAS is as fast. So many rows take the PyTorch path.
+Neither path stores a trajectory.
 """
 
 from __future__ import annotations
@@ -33,18 +31,9 @@ from torch.nn.functional import layer_norm
 from kernels.dispatch import INTERPRETED, jit, on_its_device, operand_type, takes_triton, tl, triton
 
 CACHED_ROWS = 256  # fit a CPU's caches: 4 episodes of 200 rows, D 512, 90 steps: 0.51 s; 512 rows 0.59, all 0.77
-COLS = 64  # columns of the state at a time, of all three gates
-
-
-def _launch(rows: int, D: int, itemsize: int) -> tuple[bool, int, int, int]:
-    """-> whole horizon in one launch, rows of a program, warps, pipeline stages. Untuned: no GPU at hand."""
-    if rows >= 128 * 132 and itemsize == 2:  # float32 does not fit the registers
-        return True, 128, 8, 3
-    if rows >= 64 * 132:
-        return True, 64, 8, 3
-    if rows > 1024:
-        return D <= 256, 64, 8, 3
-    return D <= 256, 16, 4, 4
+# of the Triton kernel, untuned: no GPU at hand
+MOST_ROWS = 1024  # plans of all episodes
+ROWS, COLS = 16, 64  # of a program: many small ones, so that every multiprocessor has one
 
 
 # ---------------------------------------------------------------------------------------------------------- PyTorch
@@ -111,7 +100,7 @@ def add_distance(z, r, d, inside, goal, cost, rows, S, D):
 
 
 # the horizon shrinks towards the end of an episode and must not compile anew
-@jit(do_not_specialize=["first", "steps", "H", "stride_e", "stride_s", "stride_h", "stride_a"])
+@jit(do_not_specialize=["t", "H", "stride_e", "stride_s", "stride_h", "stride_a"])
 def rollout_kernel(
     actions,  # [E, S, H, A]
     goal,  # [E, D]
@@ -124,11 +113,10 @@ def rollout_kernel(
     source,  # [rows, D] float32: the state before its LayerNorm
     state,  # [rows, D] float32 out: the state
     operand,  # [shares, rows, D] out: the state in the dtype of the products, a copy for every share of the columns
-    target,  # [rows, D] float32 out: the next state before its LayerNorm; may be source where there is one share
+    target,  # [rows, D] float32 out: the next state before its LayerNorm
     cost,  # [rows] float32, added to
-    first, steps,  # states to settle here, of the H + 1
+    t,  # of the H + 1 states, the one to settle
     rows, S, H, A, D, stride_e, stride_s, stride_h, stride_a,
-    columns,  # in a share, a multiple of COLS
     SUM: tl.constexpr,  # cost of all states, not of the last
     DOT: tl.constexpr,  # dtype of the products
     WIDTH: tl.constexpr,  # D, rounded up to a power of 2
@@ -138,47 +126,44 @@ def rollout_kernel(
     block, share = tl.program_id(0), tl.program_id(1)
     row, d = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     at_row = row.to(tl.int64)[:, None] * D
-    mine = (d >= share * columns) & (d < (share + 1) * columns)
+    of_share = (d >= share * COLS) & (d < (share + 1) * COLS)
     operand += share.to(tl.int64) * rows * D
-    for t in range(first, first + steps):
-        for r0 in range(0, ROWS, SETTLED):
-            r = block * ROWS + r0 + tl.arange(0, SETTLED)
-            inside, at = (r < rows)[:, None] & (d < D)[None, :], r.to(tl.int64)[:, None] * D + d[None, :]
-            z = tl.load(source + at, mask=inside, other=0.0)
-            if t > 0:
-                z = normalised(z, d, inside, ln_weight, ln_bias, D)
-                if (share == 0) & (SUM | (t == H)):
-                    add_distance(z, r, d, inside, goal, cost, rows, S, D)
-            tl.store(operand + at, z.to(operand.dtype.element_ty), mask=inside)
-            tl.store(state + at, z, mask=inside & mine[None, :])
-        tl.debug_barrier()  # the settled state is there for every thread of the program
-        if t < H:
-            e = (row // S).to(tl.int64)
-            action = actions + e * stride_e + (row % S).to(tl.int64) * stride_s + t * stride_h  # [ROWS] pointers
-            for c0 in range(share * columns, tl.minimum((share + 1) * columns, D), COLS):
-                c = c0 + tl.arange(0, COLS)
-                reset = from_action(0, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
-                update = from_action(1, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
-                b_new = tl.load(b_hh + 2 * D + c, mask=c < D, other=0.0).to(tl.float32)
-                new = tl.zeros([ROWS, COLS], tl.float32) + b_new[None, :]
-                for k0 in range(0, D, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    w, known = w_hh + c[None, :] * D + k[:, None], (c < D)[None, :] & (k < D)[:, None]
-                    there = (row < rows)[:, None] & (k < D)[None, :]
-                    h = tl.load(operand + at_row + k[None, :], mask=there, other=0.0).to(DOT)
-                    w_r = tl.load(w, mask=known, other=0.0).to(DOT)
-                    w_u = tl.load(w + D * D, mask=known, other=0.0).to(DOT)
-                    w_n = tl.load(w + 2 * D * D, mask=known, other=0.0).to(DOT)
-                    reset = tl.dot(h, w_r, reset, input_precision="tf32x3")
-                    update = tl.dot(h, w_u, update, input_precision="tf32x3")
-                    new = tl.dot(h, w_n, new, input_precision="tf32x3")
-                x = from_action(2, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
-                new = x + tl.sigmoid(reset) * new
-                new = 2 * tl.sigmoid(2 * new) - 1  # tanh
-                there = (row < rows)[:, None] & (c < D)[None, :]
-                now = tl.load(state + at_row + c[None, :], mask=there, other=0.0)
-                tl.store(target + at_row + c[None, :], new + tl.sigmoid(update) * (now - new), mask=there)
-        tl.debug_barrier()
+    for r0 in range(0, ROWS, SETTLED):
+        r = block * ROWS + r0 + tl.arange(0, SETTLED)
+        inside, at = (r < rows)[:, None] & (d < D)[None, :], r.to(tl.int64)[:, None] * D + d[None, :]
+        z = tl.load(source + at, mask=inside, other=0.0)
+        if t > 0:
+            z = normalised(z, d, inside, ln_weight, ln_bias, D)
+            if (share == 0) & (SUM | (t == H)):
+                add_distance(z, r, d, inside, goal, cost, rows, S, D)
+        tl.store(operand + at, z.to(operand.dtype.element_ty), mask=inside)
+        tl.store(state + at, z, mask=inside & of_share[None, :])
+    tl.debug_barrier()  # the settled state is there for every thread of the program
+    if t < H:
+        e = (row // S).to(tl.int64)
+        action = actions + e * stride_e + (row % S).to(tl.int64) * stride_s + t * stride_h  # [ROWS] pointers
+        c = share * COLS + tl.arange(0, COLS)
+        reset = from_action(0, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
+        update = from_action(1, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
+        b_new = tl.load(b_hh + 2 * D + c, mask=c < D, other=0.0).to(tl.float32)
+        new = tl.zeros([ROWS, COLS], tl.float32) + b_new[None, :]
+        for k0 in range(0, D, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            w, known = w_hh + c[None, :] * D + k[:, None], (c < D)[None, :] & (k < D)[:, None]
+            there = (row < rows)[:, None] & (k < D)[None, :]
+            h = tl.load(operand + at_row + k[None, :], mask=there, other=0.0).to(DOT)
+            w_r = tl.load(w, mask=known, other=0.0).to(DOT)
+            w_u = tl.load(w + D * D, mask=known, other=0.0).to(DOT)
+            w_n = tl.load(w + 2 * D * D, mask=known, other=0.0).to(DOT)
+            reset = tl.dot(h, w_r, reset, input_precision="tf32x3")
+            update = tl.dot(h, w_u, update, input_precision="tf32x3")
+            new = tl.dot(h, w_n, new, input_precision="tf32x3")
+        x = from_action(2, c, row, action, w_ih, b_ih, b_hh, rows, A, D, stride_a, ROWS, COLS)
+        new = x + tl.sigmoid(reset) * new
+        new = 2 * tl.sigmoid(2 * new) - 1  # tanh
+        there = (row < rows)[:, None] & (c < D)[None, :]
+        now = tl.load(state + at_row + c[None, :], mask=there, other=0.0)
+        tl.store(target + at_row + c[None, :], new + tl.sigmoid(update) * (now - new), mask=there)
 
 
 # --------------------------------------------------------------------------------------------------------------- op
@@ -195,21 +180,19 @@ def op(
     cost = torch.zeros(rows, dtype=torch.float32, device=state.device)
     if rows * H == 0:
         return cost.view(E, S)
-    whole, block, warps, stages = _launch(rows, D, w_hh.itemsize)
-    columns = COLS * triton.cdiv(D, COLS) if whole else COLS
-    shares, width = triton.cdiv(D, columns), triton.next_power_of_2(D)
+    shares, width = triton.cdiv(D, COLS), triton.next_power_of_2(D)
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=state.device)
     source, operand = new(rows, D), new(shares, rows, D, dtype=w_hh.dtype)
     source.view(E, S, D).copy_(state[:, None])
-    settled, target = new(rows, D), source if whole else new(rows, D)
+    settled, target = new(rows, D), new(rows, D)
     tensors = [x.contiguous() for x in (goal, w_ih, w_hh, b_ih, b_hh, ln_weight, ln_bias)]
-    for first, steps in [(0, H + 1)] if whole else [(t, 1) for t in range(H + 1)]:
-        rollout_kernel[triton.cdiv(rows, block), shares](
+    for t in range(H + 1):
+        rollout_kernel[triton.cdiv(rows, ROWS), shares](
             actions, *tensors, source, settled, operand, target, cost,
-            first, steps, rows, S, H, A, D, *actions.stride(), columns,
+            t, rows, S, H, A, D, *actions.stride(),
             SUM=objective == "sum", DOT=operand_type(w_hh.dtype),
-            WIDTH=width, SETTLED=min(block, max(1, 8192 // width)), ROWS=block, COLS=COLS, BLOCK_K=128 // w_hh.itemsize,
-            num_warps=warps, num_stages=stages,
+            WIDTH=width, SETTLED=min(ROWS, max(1, 8192 // width)), ROWS=ROWS, COLS=COLS, BLOCK_K=128 // w_hh.itemsize,
+            num_warps=4, num_stages=4,
         )  # fmt: skip
         source, target = target, source
     return cost.view(E, S)
@@ -247,4 +230,6 @@ def gru_rollout_cost(
     arguments = (state, actions, goal, w_ih, w_hh, b_ih, b_hh, ln_weight, ln_bias)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in arguments)
     unless = "an argument wants a gradient, which the rollout's kernel does not give" if wanted else ""
+    if actions.shape[0] * actions.shape[1] > MOST_ROWS:
+        unless = f"with more than {MOST_ROWS} plans the rollout's PyTorch path is as fast"
     return (op if takes_triton(*arguments, unless=unless) else _formula)(*arguments, objective)

@@ -23,15 +23,9 @@ from torch import Tensor
 
 from kernels.dispatch import INTERPRETED, block_of, jit, on_its_device, takes_triton, tl, triton
 
-BLOCK_K = 32  # values of the inner axis of a product at a time
-
-
-def _launch(N: int) -> tuple[int, int, int, int]:
-    """N -> rows and directions of a block, columns of the gradient at a time, warps. Untuned: no GPU at hand.
-
-    Few rows: small blocks, so that there are programs enough for the multiprocessors.
-    """
-    return (32, 32, 32, 4) if N <= 2048 else (64, 64, 128, 8)
+# Of a program: small, so that a few hundred rows make programs enough. Untuned: no GPU at hand.
+BLOCKS = dict(BLOCK_N=32, BLOCK_M=32, BLOCK_K=32)
+BLOCK_D = 32
 
 
 # ---------------------------------------------------------------------------------------------------------- PyTorch
@@ -198,15 +192,14 @@ def op(z: Tensor, directions: Tensor, t_max: float, knots: int) -> tuple[Tensor,
     if not (z.is_cuda or INTERPRETED):
         loss, real, imaginary = _formula(z, directions, t_max, knots)
         return loss, _slopes(real, imaginary, t_max, knots, N)
-    block_n, block_m, _, warps = _launch(N)
-    rows = block_n * triton.cdiv(N, block_n * 64)  # at most 64 parts
+    rows = BLOCKS["BLOCK_N"] * triton.cdiv(N, BLOCKS["BLOCK_N"] * 64)  # at most 64 parts
     parts = triton.cdiv(N, rows)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z.device)
     sums, slopes, losses = new(parts, 2, T, M), new(2, T, M), new(triton.cdiv(M, 16))
     knotted = dict(KNOTS=knots, T=T, T_BLOCK=triton.next_power_of_2(T))
-    sums_kernel[parts, triton.cdiv(M, block_m)](
+    sums_kernel[parts, triton.cdiv(M, BLOCKS["BLOCK_M"])](
         z, directions, sums, N, D, M, *z.stride(), *directions.stride(), t_max / (knots - 1), rows,
-        **knotted, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=warps,
+        **knotted, **BLOCKS,
     )  # fmt: skip
     integral_kernel[triton.cdiv(M, 16),](
         sums, slopes, losses, parts, N, M, t_max / (knots - 1),
@@ -221,12 +214,10 @@ def backward_op(grad_loss: Tensor, z: Tensor, directions: Tensor, slopes: Tensor
     if not (z.is_cuda or INTERPRETED):
         return _gradient(grad_loss, z, directions, slopes, t_max, knots)
     (N, D), M = z.shape, directions.shape[1]
-    block_n, block_m, block_d, warps = _launch(N)
     grad = torch.empty_like(z, memory_format=torch.contiguous_format)
-    gradient_kernel[triton.cdiv(N, block_n), triton.cdiv(D, block_d)](
+    gradient_kernel[triton.cdiv(N, BLOCKS["BLOCK_N"]), triton.cdiv(D, BLOCK_D)](
         grad_loss, z, directions, slopes, grad, N, D, M, *z.stride(), *directions.stride(), t_max / (knots - 1),
-        KNOTS=knots, T=(knots + 1) // 2, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_K=BLOCK_K,
-        num_warps=warps,
+        KNOTS=knots, T=(knots + 1) // 2, BLOCK_D=BLOCK_D, **BLOCKS,
     )  # fmt: skip
     return grad
 

@@ -149,7 +149,7 @@ def test_whole_graphs_compile():
     torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss, _ in results))
 
 
-# edges: 16 rows of a program, 64 columns, 32 along the inner axis; D > 256 takes one launch a step
+# edges: 16 rows of a program, 64 columns, 32 along the inner axis
 @pytest.mark.parametrize("E,S,H,D", [(1, 1, 1, 3), (3, 5, 7, 16), (1, 17, 3, 65), (2, 8, 2, 63), (1, 17, 3, 261)])
 @pytest.mark.parametrize("objective", ["sum", "last"])
 def test_rollout(E, S, H, D, objective):
@@ -159,12 +159,15 @@ def test_rollout(E, S, H, D, objective):
     close(ours, in_float64(gru_rollout_cost, *arguments, objective), 1e-5)
 
 
-@pytest.mark.parametrize("launch", [(True, 128, 8, 3), (False, 128, 8, 3), (False, 16, 4, 4)])
-def test_rollout_launches(launch, monkeypatch):
-    """Rows settled in several rounds, several blocks of rows, both ways of stepping."""
-    monkeypatch.setattr(kernels.rollout, "_launch", lambda *shape: launch)
-    arguments = rollout_arguments(3, launch[1] // 3 + 1, 3, 130, A=3)
+def test_rollout_of_more_features_than_are_settled_at_once():
+    arguments = rollout_arguments(3, 6, 3, 1030, A=3)  # 4 rows at a time
     close(gru_rollout_cost(*arguments), in_float64(gru_rollout_cost, *arguments), 1e-5)
+
+
+def test_rollout_of_many_rows_takes_the_other_path():
+    arguments = rollout_arguments(5, 205, 1, 8)
+    with pytest.raises(RuntimeError, match="1024 plans"):
+        gru_rollout_cost(*arguments)
 
 
 @pytest.mark.parametrize("D", [40, 260])
