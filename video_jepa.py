@@ -1,24 +1,22 @@
 """Video JEPA: predict the latents of future frames, without reconstructing pixels.
 
-    z_t   = encode(frame_t)                             latent map of each frame of a clip, t = 0..9
-    s_t^0 = (z_t, 0)                                    state: the latent, and a hidden state that starts at zero
-    s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})       round k of the parallel rollout: all frames t > 1 at once
-    loss  = mean_k |project(s^k) - project(z)|^2        of the latent part of s^k, a mean over all frames, without
-            + w_v variance + w_c covariance             stop-gradient or moving average: the terms on project(z)
-                                                        keep the latents from collapsing (kernels/)
+    z_t   = encode(frame_t)                          latent map of each frame of a clip, t = 0..9
+    s_t^0 = (z_t, 0)                                 state: the latent, and a hidden state that starts at zero
+    s_t^k = predict(s_{t-2}^{k-1}, s_{t-1}^{k-1})    round k of the parallel rollout: all frames t > 1 at once
+    loss  = mean_k |project(s^k) - project(z)|^2     of the latent part of s^k; gradients flow into both sides
+            + w_v variance + w_c covariance          of project(z): they keep the latents from collapsing (kernels/)
 
-In round k, frame t > k draws on the true frames t - 2k .. t - k only, so it is predicted k frames ahead; frames up to k
-stay as they were, the first two true. Two heads read detached latents and teach the encoder nothing: a detector says
-in which of 8 x 8 cells the centres of digits lie, a decoder shows the frame. The measure is the detector's average
-precision (AP) on latents that are predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
+Frames 0 and 1 are given. After round k, a frame t > k has been predicted from the true frames t - 2k .. t - k: k frames
+ahead. Two heads read detached latents, so they teach the encoder nothing: a detector finds in which of 8 x 8 cells the
+centres of digits lie, and a decoder shows the frame. The measure is the detector's average precision (AP) on latents
+predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
 
     python video_jepa.py                                       # moving digits of MNIST
     python video_jepa.py --data digits                         # moving digits of scikit-learn: needs no files
     python video_jepa.py --preset paper --data moving-mnist    # the published recipe (arXiv 2602.03604) and data
     torchrun --nproc_per_node=2 video_jepa.py                  # several GPUs
 
-Preset cpu: mAP .601, .607, .605 (three seeds) after 8.4 minutes on two CPU cores, with labels and protocol of the paper
-on digits that training never saw; published .607, after 50 epochs on a GPU, on the published file.
+Preset cpu: mAP .605 (three seeds) in 8.4 minutes on two CPU cores, on unseen digits; published .607, on other clips.
 """
 
 import argparse
@@ -68,7 +66,6 @@ class UserError(ValueError):
 class Config:
     """Learn to predict the latents of future frames."""
 
-    # These values are preset paper, the published recipe.
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights and of the order of clips
     run_dir: str = ""  # folder of this run; empty: runs/video_jepa/<preset>-<date>-<time>
@@ -79,14 +76,14 @@ class Config:
     # data
     data: Literal["mnist", "digits", "moving-mnist"] = "mnist"  # moving digits of MNIST or scikit-learn; published file
     data_dir: str = "data"  # where downloaded files lie, in torchvision's layout
-    sequences: int = 10000  # of two clips each, nine tenths of them to train; the published file has its own number
+    sequences: int = 10000  # of two clips each, nine tenths of them to train on; moving-mnist: all of the file instead
     # model
     stride: Literal[1, 2, 4, 8] = 1  # pixels of a frame per position of a latent map, along each axis
     latent_dim: int = 16  # channels of a latent map
     encoder_width: int = 32  # channels of the encoder's first stage
     predictor_width: int = 32  # channels of the U-Net's finest level; they double at each coarser one
     levels: int = 4  # of the U-Net; at 1 it is a plain residual network
-    norm: Literal["batch", "layer"] = "batch"  # layer: over the channels of each position; none in the projector
+    norm: Literal["batch", "layer"] = "batch"  # layer: over channels, at each position; the projector then has no norm
     hidden_dim: int = 0  # channels of the hidden state that a prediction passes on to the next
     projector_width: int = 64  # hidden and output features of the projector
     # loss
@@ -103,17 +100,13 @@ class Config:
     lr: float = 1e-3  # peak learning rate
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: linear warm-up over the first twentieth, then to 0
     # evaluation and logging
-    validation_clips: int = 2000  # to measure on, at most; 0 = no evaluation
+    validation_clips: int = 2000  # to measure on at most (an odd number is rounded up); 0 = no evaluation
     log_every: int = 50  # steps between log lines
     save_every: float = 60.0  # seconds between checkpoints, at log lines
 
     def __post_init__(self):
         if min(self.batch_size, self.rounds, self.levels, self.log_every, self.epochs, self.lr) <= 0:
             raise UserError("--batch-size, --rounds, --levels, --log-every, --epochs and --lr must be positive")
-        if min(self.max_steps, self.validation_clips, self.sequences - 10, self.latent_dim - 2) < 0:
-            raise UserError("--sequences must be at least 10, --latent-dim 2, --max-steps and --validation-clips 0")
-        if self.rounds > FRAMES - 2:
-            raise UserError(f"--rounds can be {FRAMES - 2} at most: the first two of {FRAMES} frames are given")
         if SIZE // self.stride % 2 ** (self.levels - 1):
             raise UserError(f"--levels {self.levels} is too many for latent maps of {SIZE // self.stride} px")
 
@@ -124,7 +117,7 @@ FAST |= dict(optimizer="muon", lr=0.02, schedule="cosine", prediction_weight=2.0
 CPU = dict(FAST, encoder_width=16, predictor_width=96, hidden_dim=32, batch_size=8, compile=False)
 PRESETS: dict[str, dict] = {
     "gpu": dict(FAST, predictor_width=192, hidden_dim=64, epochs=20),  # not tuned on a GPU yet
-    "paper": {},
+    "paper": {},  # the values of Config: the published recipe
     "cpu": dict(CPU, epochs=1.9),  # ten minutes on two cores
     "smoke": dict(CPU, data="digits", sequences=400, predictor_width=32, epochs=1, validation_clips=64, log_every=10),
 }
@@ -144,28 +137,23 @@ class Clips(NamedTuple):
 
 
 def load_sequences(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences [N, 20, 64, 64] uint8 to train and to validate on. A new data set is another branch here.
-
-    In the published split the same digits may occur in both parts; of the digits moved here none do."""
+    """Sequences [N, 20, 64, 64] uint8 to train on and to validate on. A new data set is another branch here."""
     folder = Path(cfg.data_dir, "MovingMNIST" if cfg.data == "moving-mnist" else "MNIST/raw")
     try:
         if cfg.data == "moving-mnist":
             data = MovingMNIST(cfg.data_dir, split=None, download=True).data[:, :, 0].numpy()
-        elif cfg.data == "mnist":
+            if data.dtype != np.uint8 or data.shape[1:] != (20, SIZE, SIZE) or len(data) < 10:
+                raise ValueError(f"not uint8 [20, N >= 10, 64, 64] but, with N first, {data.dtype} {data.shape}")
+            data = np.random.RandomState(2025).permutation(data)
+            return tuple(np.split(data, [len(data) * 9 // 10]))  # the published split
+        if cfg.data == "mnist":
             train, validation = (MNIST(cfg.data_dir, part, download=True).data.numpy() for part in (True, False))
         else:
             digits = load_digits().images.repeat(3, 1).repeat(3, 2)  # [1797, 8, 8] from 0 to 16 -> [1797, 24, 24]
             digits = np.pad(255 / 16 * digits, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
             train, validation = digits[:1500], digits[1500:]
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError) as error:
+    except Exception as error:  # a damaged file raises one of half a dozen kinds
         raise UserError(f"cannot read {folder} ({error}): if it is there, delete it to download it again") from None
-    if cfg.data == "moving-mnist":
-        if data.dtype != np.uint8 or data.shape[1:] != (20, SIZE, SIZE) or len(data) < 10:
-            raise UserError(
-                f"{folder} must hold uint8 [20, N >= 10, 64, 64]; with N first it is {data.dtype} {data.shape}"
-            )
-        order = np.random.RandomState(2025).permutation(len(data))  # the published split
-        return data[order[: len(data) * 9 // 10]], data[order[len(data) * 9 // 10 :]]
     n = cfg.sequences // 10
     return move_digits(train, cfg.sequences - n, seed=0), move_digits(validation, n, seed=1)
 
@@ -177,7 +165,7 @@ def move_digits(digits: np.ndarray, n: int, seed: int) -> np.ndarray:
     frame and goes back; positions are truncated to whole px; where digits overlap the brighter pixel shows."""
     rng = np.random.default_rng(seed)
     chosen = digits[rng.integers(len(digits), size=(n, 2))]
-    position = rng.random((n, 2, 2))  # (x, y) of each digit's corner; the room of 36 px counts as 1
+    position = rng.random((n, 2, 2))  # (x, y) of each digit's corner, in units of the 36 px that it can move
     angle = rng.uniform(0, 2 * math.pi, (n, 2))
     velocity = 0.1 * np.stack((np.cos(angle), np.sin(angle)), 2)
     sequences = np.zeros((n, 20, SIZE, SIZE), np.uint8)
@@ -194,29 +182,25 @@ def move_digits(digits: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def detection_labels(frames: np.ndarray) -> np.ndarray:
-    """Frames [N, H, W] uint8 -> cells [N, 8, 8] bool that hold the centre of a digit, as published.
+    """Frames [N, 64, 64] uint8 -> cells [N, 8, 8] bool that hold the centre of a digit, as published.
 
-    Digits are the 8-connected components of the pixels above (min + max) / 2 of the frame, holes filled; the centre is
-    that of the bounding box. Digits that touch count as one, a broken one as several."""
-    neighbours = np.zeros((3, 3, 3), bool)  # of a pixel, in frame, row and column: one call for all frames
-    neighbours[1] = True
-    four_neighbours = neighbours & ndimage.generate_binary_structure(3, 1)  # holes are 4-connected
-    middle = (frames.min((1, 2), keepdims=True).astype(float) + frames.max((1, 2), keepdims=True)) / 2
-    filled = ndimage.binary_fill_holes(frames > middle, structure=four_neighbours)
-    pieces, _ = ndimage.label(filled, structure=neighbours)
+    A digit is a connected piece of the pixels above (min + max) / 2 of the frame, with its holes filled; its centre is
+    that of its bounding box. Digits that touch count as one, a broken one as several."""
     labels = np.zeros((len(frames), CELLS, CELLS), bool)
-    for frame, rows, columns in ndimage.find_objects(pieces):
-        y, x = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
-        labels[frame.start, int(y * CELLS / frames.shape[1]), int(x * CELLS / frames.shape[2])] = True
+    for n, frame in enumerate(tqdm(frames, "labels", leave=False, disable=None)):
+        bright = ndimage.binary_fill_holes(frame > np.mean((frame.min(), frame.max())))
+        pieces, _ = ndimage.label(bright, structure=np.ones((3, 3)))  # corners connect
+        for rows, columns in ndimage.find_objects(pieces):
+            y, x = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
+            labels[n, int(y * CELLS / SIZE), int(x * CELLS / SIZE)] = True
     return labels
 
 
 def make_clips(sequences: np.ndarray, device: torch.device) -> Clips:
     """Sequences [N, 20, 64, 64], each cut into two clips, with their labels."""
-    frames = np.ascontiguousarray(sequences).reshape(-1, SIZE, SIZE)
-    chunks = np.array_split(frames, math.ceil(len(frames) / 1000))
-    labels = np.concatenate([detection_labels(chunk) for chunk in tqdm(chunks, "labels", leave=False, disable=None)])
-    return Clips(*(torch.from_numpy(x).unflatten(0, (-1, FRAMES)).to(device) for x in (frames, labels)))
+    frames = sequences.reshape(-1, SIZE, SIZE)
+    clips = Clips(torch.from_numpy(frames), torch.from_numpy(detection_labels(frames)))
+    return Clips(*(x.unflatten(0, (-1, FRAMES)).to(device) for x in clips))
 
 
 def make_batch(cfg: Config, clips: Clips, step: int, rank: int = 0, world: int = 1) -> Clips:
@@ -228,7 +212,7 @@ def make_batch(cfg: Config, clips: Clips, step: int, rank: int = 0, world: int =
     return Clips(clips.frames[index], clips.labels[index])
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------------------------------------- model and its loss
 def residual_block(inputs: int, outputs: int, norm, stride: int = 1) -> BasicBlock:
     """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385): torchvision's block of ResNet-18."""
     shortcut = None
@@ -254,13 +238,12 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        maps = []  # one a level, finest first
+        maps = [self.stem(x)]
         for block in self.down:
-            x = block(x)
-            maps.append(x)
-        for (upsample, block), finer in zip(self.up, reversed(maps[:-1])):
-            x = block(torch.cat((upsample(x), finer), 1))
+            maps.append(block(maps[-1]))
+        x = maps.pop()
+        for upsample, block in self.up:
+            x = block(torch.cat((upsample(x), maps.pop()), 1))  # beside the map of the same size on the way down
         return self.out(x)
 
 
@@ -278,8 +261,7 @@ class Model(nn.Module):
         strides = [2 if cfg.stride >= factor else 1 for factor in (2, 4, 8)]
         stem = conv3x3(1, W, strides[0]), norm(W), nn.ReLU()
         blocks = residual_block(W, W, norm), residual_block(W, 2 * W, norm, strides[1])
-        # the last block ends in a ReLU: latents are not negative, predictions may be
-        last = residual_block(2 * W, C, norm, strides[2])
+        last = residual_block(2 * W, C, norm, strides[2])  # ends in a ReLU: latents are >= 0, predictions need not be
         self.encoder = nn.Sequential(*stem, *blocks, last)
         self.predictor = UNet(2 * S, S, cfg.predictor_width, cfg.levels, norm)
         norm1d = nn.BatchNorm1d(P) if self.batch_norm else nn.Identity()
@@ -295,33 +277,27 @@ class Model(nn.Module):
             images = images.to(next(self.parameters()).dtype) / 255
         return self.encoder(images).unflatten(0, frames.shape[:2])
 
-    def predict(self, before: Tensor, last: Tensor) -> Tensor:
+    def predict(self, earlier: Tensor, later: Tensor) -> Tensor:
         """Two successive states [B, n, S, h, w] each -> the next one [B, n, S, h, w]."""
-        pairs = torch.cat((before, last), 2).flatten(0, 1)
-        return self.predictor(pairs).unflatten(0, last.shape[:2])
-
-    def initial_state(self, z: Tensor) -> Tensor:
-        """Latents [B, T, C, h, w] -> states [B, T, S, h, w] with a hidden state of zero."""
-        return F.pad(z, (0, 0, 0, 0, 0, self.hidden_dim))
+        pairs = torch.cat((earlier, later), 2).flatten(0, 1)
+        return self.predictor(pairs).unflatten(0, later.shape[:2])
 
     def parallel_rollout(self, z: Tensor, rounds: int) -> list[Tensor]:
-        """Latents of clips [B, T, C, h, w], T >= rounds + 2 -> a list of those after each round [B, T, C, h, w].
-
-        In the k-th, k = 1.., frames t > k (from 0) are predicted k frames ahead."""
+        """Latents of clips [B, T, C, h, w] -> those after each round [B, T, C, h, w]; frames 0 and 1 stay as given."""
         T, C = z.shape[1:3]
-        state, latents = self.initial_state(z), []
+        state, latents = F.pad(z, (0, 0, 0, 0, 0, self.hidden_dim)), []  # [B, T, S, h, w]: hidden states of zero
         for k in range(1, rounds + 1):
-            # Only frames k + 1 .. T - 1 change in round k. With batch norm all pairs are predicted, as published: its
-            # statistics are theirs. The last of these predictions lies beyond the clip and is cut off.
-            first, end = (0, T - 1) if self.batch_norm else (k - 1, T - 2)
-            y = self.predict(state[:, first:end], state[:, first + 1 : end + 1])
-            state = torch.cat((state[:, : first + 2], y), 1)[:, :T]
+            # Frames up to k are as in the round before, so only later ones are predicted. But batch norm needs all
+            # pairs, as published, for its statistics; the last one's prediction lies beyond the clip and is cut off.
+            first_pair, end_pair = (0, T - 1) if self.batch_norm else (k - 1, T - 2)
+            y = self.predict(state[:, first_pair:end_pair], state[:, first_pair + 1 : end_pair + 1])
+            state = torch.cat((state[:, : first_pair + 2], y), 1)[:, :T]
             latents.append(state[:, :, :C])
         return latents
 
     def autoregressive_rollout(self, z: Tensor, steps: int) -> Tensor:
         """Latents [B, T > 1, C, h, w] -> those of the `steps` frames after the last two of them [B, steps, C, h, w]."""
-        state = self.initial_state(z[:, -2:])
+        state = F.pad(z[:, -2:], (0, 0, 0, 0, 0, self.hidden_dim))  # [B, 2, S, h, w]
         for _ in range(steps):
             y = self.predict(state[:, -2:-1], state[:, -1:])
             state = torch.cat((state, y), 1)
@@ -341,22 +317,18 @@ class Model(nn.Module):
         return self.decoder(z.flatten(0, 1))[:, 0].unflatten(0, z.shape[:2])
 
 
-# --------------------------------------------------------------------------------------------------------- the loss
 def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """-> the loss (a scalar), its terms (detached), latents [B, T, C, h, w] (detached).
-
-    Another anti-collapse loss replaces `variance_covariance_loss`; its samples are the rows of `p`."""
+    """-> the loss (a scalar), its terms (detached), latents [B, T, C, h, w] (detached)."""
     z = model.encode(clips.frames)
     target = model.project(z)
     rounds = model.parallel_rollout(z, cfg.rounds)
     prediction = torch.stack([F.mse_loss(model.project(latents), target) for latents in rounds]).mean()
-    p = target.flatten(0, 1)  # [B T, h, w, P]
+    samples = target.flatten(0, 1)  # [B T, h, w, P]
     if dist.is_initialized():
-        p = torch.cat(all_gather(p))  # statistics over the clips of all processes
+        samples = torch.cat(all_gather(samples))  # statistics over the clips of all processes
     if cfg.centre_positions:
-        # what is the same in every frame, such as a code of the position, must not count as spread
-        p = p - p.mean(0)
-    variance, covariance = variance_covariance_loss(p.flatten(0, -2))
+        samples = samples - samples.mean(0)  # what all frames share, such as a code of the position, is no spread
+    variance, covariance = variance_covariance_loss(samples.flatten(0, -2))  # another anti-collapse loss goes here
     logits = model.detector(z.detach().flatten(0, 1))
     detection = F.binary_cross_entropy_with_logits(logits, clips.labels.flatten(0, 1)[:, None].to(z.dtype))
     decoding = F.mse_loss(model.decode(z.detach()), clips.frames.to(z.dtype) / 255)
@@ -369,10 +341,8 @@ def losses(model: Model, cfg: Config, clips: Clips) -> tuple[Tensor, dict[str, T
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread latents [B, T, C, h, w] are, after subtraction of each position's mean.
-
-    Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885). Smallest and mean
-    standard deviation of a channel; mean |off-diagonal correlation|."""
+    """How spread latents [B, T, C, h, w] are around each position's mean: effective rank, exp of the entropy of the
+    normalised singular values (RankMe, arXiv 2210.02885); standard deviation of channels; mean |correlation| of two."""
     z = z[:16].to("cpu", torch.float64)
     z = (z - z.mean((0, 1))).movedim(2, -1).flatten(0, -2)  # [N, C]
     std = z.std(0)
@@ -421,35 +391,32 @@ def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.
 # ------------------------------------------------------------------------------------------------------- evaluation
 def average_precisions(scores: list[Tensor], labels: Tensor) -> list[float]:
     """AP of each of the scores [B, n, 8, 8] against the labels [B, T, 8, 8] of the last n frames, all clips pooled."""
-    labels = labels.cpu()
-    return [average_precision_score(labels[:, -x.shape[1] :].flatten(), x.flatten().cpu()) for x in scores]
+    return [average_precision_score(labels[:, -x.shape[1] :].flatten().cpu(), x.flatten().cpu()) for x in scores]
 
 
 @torch.no_grad()
 def evaluate(model: Model, clips: Clips, batch_size: int = 64) -> dict:
-    """Average precision of the detector k = 1..7 frames ahead on clips of nine frames or more: a mean over batches.
+    """Average precision of the detector k = 1..7 frames ahead: the mean over batches, and mAP, the mean of the seven.
 
     ap_parallel: in round k of the parallel rollout, the published measure. ap_autoregressive: from two true frames.
     Baselines: ap_last_frame, the last true latent instead of a prediction; ap_true_frames, the true latents."""
-    batches = {}  # name -> rows of seven
+    rows = []  # of each batch: name -> the seven APs
     for frames, labels in zip(clips.frames.split(batch_size), clips.labels.split(batch_size)):
         z = model.encode(frames)  # [B, T, C, h, w]
-        T = z.shape[1]
         true = model.detect(z)
         rounds = model.parallel_rollout(z, len(HORIZONS))
         pairs = torch.stack((z[:, :-1], z[:, 1:]), 2).flatten(0, 1)  # [B (T - 1), 2, C, h, w]
-        future = model.autoregressive_rollout(pairs, len(HORIZONS))
-        ahead = model.detect(future).unflatten(0, (-1, T - 1))  # [B, T - 1, 7, 8, 8]
+        future = model.autoregressive_rollout(pairs, len(HORIZONS))  # [B (T - 1), 7, C, h, w]
+        ahead = model.detect(future).unflatten(0, (len(z), -1))  # [B, T - 1, 7, 8, 8]
         scores = {  # of frames k + 1 .. T - 1, which can be predicted k ahead from two true frames
             "ap_parallel": [model.detect(rounds[k - 1][:, k + 1 :]) for k in HORIZONS],
-            "ap_autoregressive": [ahead[:, : T - 1 - k, k - 1] for k in HORIZONS],
-            "ap_last_frame": [true[:, 1 : T - k] for k in HORIZONS],
+            "ap_autoregressive": [ahead[:, :-k, k - 1] for k in HORIZONS],
+            "ap_last_frame": [true[:, 1:-k] for k in HORIZONS],
             "ap_true_frames": [true[:, k + 1 :] for k in HORIZONS],
         }
-        for name in scores:
-            batches.setdefault(name, []).append(average_precisions(scores[name], labels))
-    result = {name: np.mean(rows, axis=0).round(4).tolist() for name, rows in batches.items()}
-    return result | {name.replace("ap_", "map_"): round(float(np.mean(ap)), 4) for name, ap in result.items()}
+        rows.append({name: average_precisions(horizons, labels) for name, horizons in scores.items()})
+    result = {name: np.mean([row[name] for row in rows], axis=0).round(4).tolist() for name in rows[0]}
+    return result | {"m" + name: round(float(np.mean(ap)), 4) for name, ap in result.items()}
 
 
 @torch.no_grad()
@@ -465,13 +432,12 @@ def make_examples(model: Model, frames: Tensor, labels: Tensor) -> dict[str, np.
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def save_checkpoint(path: Path, state: dict) -> None:
     """A temporary file, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
-    torch.save(state, buffer := io.BytesIO())  # not into the file: on a full disk that gives no OSError
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    torch.save(state, buffer := io.BytesIO())  # to memory: on a full disk it raises no OSError, but write does
+    with open(path.with_suffix(".tmp"), "wb") as file:
         file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(file.name, path)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -525,9 +491,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
 
 
 def train(cfg: Config) -> dict:
-    """Train and evaluate. Returns the summary, which is also in summary.json of the run folder.
-
-    Raises UserError for mistakes in settings, data and files, and when the loss is no longer finite."""
+    """Train and evaluate; returns what summary.json holds. Raises UserError for what the user can mend, and for NaN."""
     device, rank, world = start_device(cfg)
     run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if rank == 0 and run_dir.exists() and not cfg.resume:
@@ -555,21 +519,22 @@ def train(cfg: Config) -> dict:
         model.load_state_dict(state["model"])
         for (_, optimizer), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
         start, seconds = state["step"], state["seconds"]
     end = max(start, min(steps, cfg.max_steps or steps))
     parameters = sum(p.numel() for part in (model.encoder, model.predictor) for p in part.parameters())
-    other = f"{device.type.upper()}, {torch.get_num_threads()} threads"
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else other
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=cfg.resume)  # two runs that start together never share a folder
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{cfg.preset} | {device_name} | encoder and predictor of {parameters:,} parameters | {run_dir}")
+        (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
+        print(f"{cfg.preset} | {hardware} | encoder and predictor of {parameters:,} parameters | {run_dir}")
 
     torch.compiler.reset()  # many trainings in one process would reach the limit of recompilations
-    compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False) if cfg.compile else losses
+    mode = "reduce-overhead" if device.type == "cuda" and world == 1 else "default"  # CUDA graphs, not many launches
+    compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False, mode=mode) if cfg.compile else losses
     log_step, log_time, save_time = start, time.perf_counter(), time.perf_counter()
     for step in range(start, end):
+        if cfg.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite the last step's tensors
         loss, terms, latents = compute_loss(model, cfg, make_batch(cfg, train_clips, step, rank, world))
         loss.backward()
         if world > 1:
@@ -577,23 +542,21 @@ def train(cfg: Config) -> dict:
                 dist.all_reduce(p.grad.div_(world))  # the mean
         lr = learning_rate(cfg, step, steps)
         for factor, optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * lr
+            optimizer.param_groups[0]["lr"] = factor * lr
             optimizer.step()
         model.zero_grad()
         done = step + 1
         if step == start:
             loss.item()  # waits for the device; the first step compiled and is left out of the timings
             log_step, log_time = done, time.perf_counter()
-        log_now = done % cfg.log_every == 0 or done == end
-        if not (log_now or stop_signals and world == 1):  # several processes stop together, at a log line
-            continue
+        if done % cfg.log_every and done < end and not (stop_signals and world == 1):
+            continue  # several processes stop together, at a log line
 
-        values = torch.stack([*terms.values(), terms["loss"].new_tensor(len(stop_signals))])
+        totals = torch.stack([*terms.values(), terms["loss"].new_tensor(len(stop_signals))])
         if world > 1:
-            dist.all_reduce(values)
-        *values, signals = (values / world).tolist()  # waits for the device
-        values = dict(zip(terms, values))
+            dist.all_reduce(totals)
+        *means, signals = (totals / world).tolist()  # waits for the device
+        values = dict(zip(terms, means))
         milliseconds = 1e3 * (time.perf_counter() - log_time) / max(1, done - log_step)
         seconds += (done - log_step) * milliseconds / 1e3
         text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -605,32 +568,28 @@ def train(cfg: Config) -> dict:
                 file.write(json.dumps(dict(step=done, lr=lr, milliseconds=milliseconds, **values, **meter)) + "\n")
             text += f" | {milliseconds:.0f} ms | rank {meter['effective_rank']:.1f}/{latents.shape[2]}"
             print(f"step {done:05d}/{steps} | {text} | {(end - done) * milliseconds / 6e4:.1f} min left", flush=True)
-            if meter["std_mean"] < 0.05 or meter["effective_rank"] < 1.5:
-                print("  collapse: the latents hardly differ; raise --variance-weight")
-            elif meter["correlation"] > 0.7:
-                print("  collapse: channels repeat each other; raise --covariance-weight")
+            if meter["std_mean"] < 0.05 or meter["effective_rank"] < 1.5 or meter["correlation"] > 0.7:
+                print("  collapse: latents or channels hardly differ; raise --variance-weight and --covariance-weight")
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
                 # batches and learning rates are functions of (seed, step), so this is enough for an exact resume
-                state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
+                state = dict(format=FORMAT, config=vars(cfg), step=done, seconds=seconds, model=model.state_dict())
                 state["optimizers"] = [optimizer.state_dict() for _, optimizer in optimizers]
-                state |= dict(model=model.state_dict(), rng=torch.get_rng_state())
                 save_checkpoint(run_dir / "checkpoint.pt", state)
                 save_time = time.perf_counter()
         if signals and done < end:
             if rank == 0:
                 print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
-            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])  # it may be another process's signal
         log_step, log_time = done, time.perf_counter()
 
     if rank > 0:
         return {}
     summary = dict(script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=end, parameters=parameters)
-    summary |= dict(device=device_name, torch=torch.__version__, train_seconds=round(seconds, 1))
+    summary |= dict(device=hardware, torch=torch.__version__, train_seconds=round(seconds, 1))
     if cfg.validation_clips:
         clips = make_clips(validation_sequences[: math.ceil(cfg.validation_clips / 2)], device)
-        clips = Clips(*(x[: cfg.validation_clips] for x in clips))
         model.eval()
-        summary |= evaluate(model, clips) | collapse_meter(model.encode(clips.frames[:16]).detach())
+        summary |= evaluate(model, clips) | collapse_meter(model.encode(clips.frames[:16]))
         np.savez_compressed(run_dir / "examples.npz", **make_examples(model, clips.frames[:6], clips.labels[:6]))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))

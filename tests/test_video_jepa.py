@@ -157,7 +157,7 @@ def test_the_published_file(tmp_path, monkeypatch):
 )
 def test_files_of_another_form_are_refused(array, tmp_path):
     write_moving_mnist(tmp_path, array)
-    with pytest.raises(vj.UserError, match=r"MovingMNIST must hold uint8 \[20, N >= 10, 64, 64\]"):
+    with pytest.raises(vj.UserError, match=r"cannot read .*MovingMNIST \(not uint8 \[20, N >= 10, 64, 64\]"):
         vj.load_sequences(preset("smoke", data="moving-mnist", data_dir=str(tmp_path)))
 
 
