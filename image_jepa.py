@@ -85,8 +85,8 @@ class Config:
     # views
     views: int = 2  # of each image in a step
     crop_size: int = 32  # side of a view, px
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # part of the image's area that a view shows
-    jitter: float = 1.0  # of colours, in 80 % of the views; 1 = 0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # smallest and largest part of the image's area in a view
+    jitter: float = 1.0  # of colours, in 80 % of views; 1: brightness, contrast +-40 %, saturation 20 %, hue 0.1 turns
     grey: float = 0.2  # probability that a view loses its colours
     solarise: float = 0.1  # probability that a view's bright pixels are inverted
     # model
@@ -103,7 +103,7 @@ class Config:
     covariance_weight: float = 80.0  # vicreg: squared off-diagonal covariances of projected features
     sigreg_weight: float = 10.0  # sigreg: distance of random directions' distribution from a Gaussian
     # optimisation
-    optimizer: Literal["lars", "adamw", "muon"] = "lars"  # usual --lr: 0.3, 0.002, 0.02
+    optimizer: Literal["lars", "muon"] = "lars"  # usual --lr: 0.3, 0.02
     epochs: float = 300.0  # passes over the images
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 256  # images a step, over all processes
@@ -117,30 +117,27 @@ class Config:
     save_every: float = 60.0  # seconds between checkpoints, at log lines
 
     def __post_init__(self):
-        if min(self.batch_size, self.views) < 2:
-            raise UserError("--batch-size and --views must be at least 2: there is nothing to compare otherwise")
-        if min(self.log_every, self.epochs, self.lr) <= 0 or self.seed < 0:
-            raise UserError("--log-every, --epochs and --lr must be positive, --seed not negative")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError("--crop-scale takes two parts of an area, the smaller first, above 0 and at most 1")
+        if min(self.batch_size, self.views) < 2 or min(self.log_every, self.epochs, self.lr) <= 0:
+            raise UserError("--batch-size and --views must be at least 2; --log-every, --epochs and --lr positive")
         if self.backbone.startswith("vit") and self.crop_size % self.patch_size:
             raise UserError(f"--crop-size {self.crop_size} does not divide into patches of {self.patch_size} px")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UserError("--crop-scale takes two parts of an area, the smaller first, above 0 and at most 1")
 
 
 # What gpu, cpu and smoke have in common.
 FAST = dict(variance_weight=2.5, covariance_weight=40.0, stem_padding=1)
 FAST |= dict(optimizer="muon", lr=0.02, weight_decay=0.01, schedule="step")
-CPU = dict(FAST, backbone="small", bf16=False, compile=False)
+CPU = dict(FAST, backbone="small", projector_width=512, projector_out=256, bf16=False, compile=False)
+DIGITS = dict(data="digits", crop_size=24, crop_scale=(0.6, 1.0), jitter=2.0, grey=0.5, solarise=0.3, log_every=25)
 PRESETS: dict[str, dict] = {
     "gpu": dict(FAST, views=4, crop_size=24, crop_scale=(0.15, 0.8), epochs=150, warmup_epochs=3),  # not tuned yet
     "paper": {},
     "cpu": dict(CPU, views=4, crop_size=20, crop_scale=(0.15, 0.6), batch_size=128, epochs=5.5, warmup_epochs=0.3),
-    "smoke": dict(CPU, data="digits", crop_size=24, crop_scale=(0.6, 1.0), batch_size=64, epochs=2, warmup_epochs=0.2),
+    "smoke": dict(
+        CPU | DIGITS, width=24, projector_width=64, projector_out=64, batch_size=64, epochs=2, warmup_epochs=0.2
+    ),
 }
-PRESETS["cpu"] |= dict(projector_width=512, projector_out=256)
-PRESETS["smoke"] |= dict(
-    width=24, projector_width=64, projector_out=64, jitter=2.0, grey=0.5, solarise=0.3, log_every=25
-)
 MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "device", "compile", "bf16", "kernels", "data_dir", "max_steps"}
 MAY_CHANGE_ON_RESUME |= {"evaluate", "log_every", "save_every"}
 
@@ -163,9 +160,7 @@ class Images(NamedTuple):
 
 
 def load_images(cfg: Config) -> Images:
-    """The data set of cfg.data, all of it in memory: square RGB images of one size.
-
-    A new one is a branch here; MEAN and STD are those of CIFAR-10."""
+    """The data set of cfg.data, all of it in memory. A new one is a branch here, with its MEAN and STD."""
     if cfg.data == "digits":
         return draw_digits(cfg.image_size)
     if cfg.data != "cifar10":
@@ -175,9 +170,9 @@ def load_images(cfg: Config) -> Images:
     except (OSError, RuntimeError, EOFError) as error:  # no network, or a damaged file
         remedy = f"put {CIFAR10.url} into {cfg.data_dir}/, or use --data digits"
         raise UserError(f"CIFAR-10 is not in {cfg.data_dir} and cannot be downloaded ({error}): {remedy}") from None
-    pixels = [torch.from_numpy(part.data).movedim(3, 1).contiguous() for part in (train, test)]
-    labels = [torch.tensor(part.targets) for part in (train, test)]
-    return Images(pixels[0], labels[0], pixels[1], labels[1], train.classes)
+    pixels = lambda part: torch.from_numpy(part.data).movedim(3, 1).contiguous()  # [N, 3, 32, 32]
+    labels = lambda part: torch.tensor(part.targets)
+    return Images(pixels(train), labels(train), pixels(test), labels(test), train.classes)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -255,13 +250,14 @@ def decode(path: Path, size: int) -> Tensor:
 
 
 def draw_digits(size: int) -> Images:
-    """Scikit-learn's handwritten digits, each in four light colours on four dark ones; always the same."""
+    """Scikit-learn's handwritten digits, each four times in random light colours on dark ones; always the same."""
     data, g = load_digits(), torch.Generator().manual_seed(0)
     ink = F.interpolate(torch.from_numpy(data.images / 16)[:, None], size, mode="bilinear").float()  # [1797, 1, S, S]
     dark, light = torch.rand(2, 4, len(ink), 3, 1, 1, generator=g) / 2
     pixels = (255 * torch.lerp(dark, light + 0.5, ink)).to(torch.uint8)  # [4, 1797, 3, S, S]
     labels = torch.from_numpy(data.target).expand(4, -1)
-    train, test = ([x[:, part].flatten(0, 1) for x in (pixels, labels)] for part in (slice(1500), slice(1500, None)))
+    train = pixels[:, :1500].flatten(0, 1), labels[:, :1500].flatten()
+    test = pixels[:, 1500:].flatten(0, 1), labels[:, 1500:].flatten()
     return Images(*train, *test, [str(digit) for digit in range(10)])
 
 
@@ -288,7 +284,7 @@ def augment(images: Tensor, cfg: Config) -> Tensor:
     x = torch.where(chance(0.5), x.flip(3), x)
     strength = cfg.jitter * (uniform(0, 1, 1) < 0.8)
     factor = lambda limit: 1 + strength * uniform(-limit, limit, 1)
-    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)  # of the hue 0 changes nothing
+    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)  # the last is a shift, of the hue
     x = jitter_colours(x, factors, order=uniform(0, 1, 4).argsort(1))
     x = torch.where(chance(cfg.grey), rgb_to_grayscale(x), x)
     return torch.where(chance(cfg.solarise) & (x >= 0.5), 1 - x, x)
@@ -312,9 +308,8 @@ def jitter_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     factors [B, 4]: of brightness, contrast and saturation (1 changes nothing), shift of the hue in turns. order [B, 4]:
     the operations in the order in which they are applied."""
-    for operation in order.split(1, 1):  # [B, 1]
-        factor = factors.gather(1, operation)[..., None, None]  # [B, 1, 1, 1]
-        operation = operation[..., None, None]
+    for operation in order[..., None, None].split(1, 1):  # [B, 1, 1, 1]
+        factor = factors[..., None, None].gather(1, operation)
         # brightness, contrast and saturation blend with black, with the mean grey and with the grey image
         grey = rgb_to_grayscale(x)
         neutral = torch.where(operation == CONTRAST, grey.mean((1, 2, 3), keepdim=True), grey)
@@ -332,8 +327,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # in sixths of a turn
-    sixth = (torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + hue) % 6  # 5, 3, 1: of red, green, blue
-    return value - chroma * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+    k = (torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + hue) % 6  # HSV -> RGB: 5, 3, 1 for red, green, blue
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def make_batch(cfg: Config, images: Images, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -345,7 +340,7 @@ def make_batch(cfg: Config, images: Images, step: int, rank: int = 0, world: int
     return images.train[index], images.train_labels[index]
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------------------------------------- model and its loss
 def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
     """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385): torchvision's block of ResNet-18."""
     shortcut = None
@@ -385,12 +380,12 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
-        elif not self.training and not (-0.5 <= images.min() and images.max() <= 1.5):
+        elif not self.training and not (-0.5 <= images.min() and images.max() <= 1.5):  # resizing may overshoot
             raise ValueError("images must be uint8, or floats in [0, 1] that are not normalised yet")
         if isinstance(self.backbone, VisionTransformer):  # it takes images of one size only, that of the views
             images = F.interpolate(images, self.backbone.image_size, mode="bilinear", antialias=True)
         images = (images - self.mean) / self.std
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))  # a sixth faster
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))  # a sixth faster on CPUs
 
 
 class Model(nn.Module):
@@ -407,7 +402,6 @@ class Model(nn.Module):
         self.probe = nn.Linear(self.encoder.feature_dim, classes)
 
 
-# --------------------------------------------------------------------------------------------------------- the loss
 def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Images [B, 3, S, S] uint8, labels [B] -> the loss (a scalar), its terms (detached), features of all views
     [V B, F] (detached). The labels train the online probe, which teaches the encoder nothing.
@@ -417,18 +411,18 @@ def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[T
     with torch.autocast(images.device.type, torch.bfloat16, enabled=cfg.bf16):
         z = [model.encoder(view) for view in views]  # one by one: batch statistics are those of a view, as published
         p = torch.stack([model.projector(features) for features in z])  # [V, B, P]
-        scores = model.probe(z[0].detach())
+        logits = model.probe(z[0].detach())
     if cfg.bf16:
-        p, scores = p.float(), scores.float()
+        p, logits = p.float(), logits.float()
     invariance = 2 * p.var(0).mean()  # over pairs of views, the mean of (a - b)^2 is twice the variance
-    probe = F.cross_entropy(scores, labels)
+    probe = F.cross_entropy(logits, labels)
     loss = cfg.invariance_weight * invariance + probe
     terms = dict(invariance=invariance, probe=probe, projection_std=p.flatten(0, 1).std(0).mean())
     # projections of each view, from all processes: a list of [B, P]
     gathered = [torch.cat(all_gather(view)) if dist.is_initialized() else view for view in p]
     if cfg.loss == "vicreg":
-        pairs = torch.stack([torch.stack(variance_covariance_loss(view)) for view in gathered])  # [V, 2]
-        variance, covariance = 2 * pairs.mean(0)  # published for two views: the sum over them
+        per_view = torch.stack([torch.stack(variance_covariance_loss(view)) for view in gathered])  # [V, 2]
+        variance, covariance = 2 * per_view.mean(0)  # published for two views: the sum over them
         loss = loss + cfg.variance_weight * variance + cfg.covariance_weight * covariance
         terms |= dict(variance=variance, covariance=covariance)
     elif cfg.loss == "sigreg":
@@ -481,7 +475,7 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for w in [w for w in group["params"] if w.ndim > 1]:
                 norm, gradient_norm = w.norm(), w.grad.norm()
-                ratio = self.eta * norm / (gradient_norm + self.decay * norm + 1e-8) / group["lr"]
+                ratio = self.eta * norm / (gradient_norm + self.decay * norm + 1e-8) / group["lr"]  # SGD multiplies it
                 scaled = (w.grad + self.decay * w) * ratio.clamp(max=1)
                 w.grad = torch.where((norm > 0) & (gradient_norm > 0), scaled, w.grad)
         super().step()
@@ -505,24 +499,18 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
     """Pairs of a factor of the learning rate and an optimiser."""
-    is_matrix = lambda p: p.ndim > 1 and len(p) > 1  # a ViT's position embedding has a first axis of length 1
-    matrices = [p for p in model.parameters() if is_matrix(p)]
-    vectors = [p for p in model.parameters() if not is_matrix(p)]
     if cfg.optimizer == "lars":
         return [(1.0, LARS(model.parameters(), cfg.lr, cfg.weight_decay))]
-    if cfg.optimizer == "adamw":
-        groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-        return [(1.0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))]
+    matrices = [p for p in model.parameters() if p.ndim > 1 and len(p) > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1 or len(p) == 1]  # a ViT's position embedding too
     return [(1.0, Muon(matrices, cfg.weight_decay)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def extract_features(encoder: Encoder, images: Tensor) -> Tensor:
-    """Images [N, 3, S, S] uint8 -> features [N, F] on the CPU, by an encoder in eval mode.
-
-    Whole images, larger than the views of training; half a million pixels at a time."""
-    batches = images.split(max(1, 500 * 32**2 // images.shape[-1] ** 2))
+    """Whole images [N, 3, S, S] uint8 -> features [N, F] on the CPU, by an encoder in eval mode."""
+    batches = images.split(max(1, 500 * 32**2 // images.shape[-1] ** 2))  # half a million pixels each
     return torch.cat([encoder(batch.to(encoder.mean.device)).cpu() for batch in batches])
 
 
@@ -532,7 +520,7 @@ def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndar
     Linear probe: logistic regression with the best of three weight decays on held-out training images. kNN: a vote of
     the 20 nearest, with weights exp(cosine / 0.07) (arXiv 1805.01978)."""
     held_out = ShuffleSplit(1, test_size=min(5000, max(1, len(y) // 10)), random_state=0)
-    strengths = dict(C=[1 / (decay * len(y)) for decay in (1e-2, 1e-3, 1e-4)])
+    strengths = dict(C=[1 / (decay * len(y)) for decay in (1e-2, 1e-3, 1e-4)])  # C: inverse of the weight decay
     logistic = LogisticRegression(tol=1e-3, max_iter=1000)
     linear = make_pipeline(StandardScaler(), GridSearchCV(logistic, strengths, cv=held_out))
     knn = KNeighborsClassifier(min(20, len(y)), weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
@@ -543,25 +531,25 @@ def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndar
 def evaluate(model: Model, cfg: Config, images: Images) -> dict[str, float]:
     """Of labelled images: accuracies in % of the encoder's features, of those before training, of the online probe."""
     torch.manual_seed(cfg.seed)  # as at the beginning of training
-    untrained = Model(cfg, len(images.classes)).encoder.to(images.train.device).eval()
+    untrained = Encoder(cfg).to(images.train.device).eval()
     y, y_test = images.train_labels.cpu().numpy(), images.test_labels.cpu().numpy()
     result = {}
-    for name, encoder in (("untrained_", untrained), ("", model.encoder)):
+    for prefix, encoder in (("untrained_", untrained), ("", model.encoder)):
         z, z_test = extract_features(encoder, images.train), extract_features(encoder, images.test)
-        found = accuracies(z.numpy(), y, z_test.numpy(), y_test)
-        result |= {name + kind: accuracy for kind, accuracy in found.items()}
-    correct = model.probe(z_test.to(images.test.device)).argmax(1) == images.test_labels
+        of_encoder = accuracies(z.numpy(), y, z_test.numpy(), y_test)
+        result |= {prefix + name: accuracy for name, accuracy in of_encoder.items()}
+    correct = model.probe(z_test.to(images.test.device)).argmax(1) == images.test_labels  # z_test of model.encoder
     return result | dict(online_accuracy=round(100 * correct.float().mean().item(), 2))
 
 
 def make_examples(model: Model, cfg: Config, images: Images) -> dict[str, np.ndarray]:
     """For figures: some images and their views; some test (else training) images and those nearest to them."""
-    spread = lambda x, n: torch.linspace(0, len(x) - 1, n, device=x.device).long()  # a folder is sorted by class
-    pictures = images.train[spread(images.train, 10)]
+    evenly = lambda x, n: x[torch.linspace(0, len(x) - 1, n).long()]  # n rows: a folder is sorted by class
+    pictures = evenly(images.train, 10)
     views = (255 * torch.stack([augment(pictures, cfg) for _ in range(cfg.views)])).round().to(torch.uint8)
     pool, labels = (images.test, images.test_labels) if len(images.test) else (images.train, images.train_labels)
     z = F.normalize(extract_features(model.encoder, pool))
-    nearest = (z[spread(z, 8)] @ z.T).topk(min(10, len(z))).indices.to(pool.device)  # [8, 10], itself first
+    nearest = (evenly(z, 8) @ z.T).topk(min(10, len(z))).indices.to(pool.device)  # [8, 10], itself first
     arrays = dict(images=pictures, views=views, nearest=pool[nearest], nearest_labels=labels[nearest])
     return {name: array.cpu().numpy() for name, array in arrays.items()} | dict(classes=np.array(images.classes))
 
@@ -569,13 +557,12 @@ def make_examples(model: Model, cfg: Config, images: Images) -> dict[str, np.nda
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def save_checkpoint(path: Path, state: dict) -> None:
     """A temporary file, flushed to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
-    torch.save(state, buffer := io.BytesIO())  # not into the file: on a full disk that gives no OSError
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    torch.save(state, buffer := io.BytesIO())  # to memory: on a full disk it raises no OSError, but write does
+    with open(path.with_suffix(".tmp"), "wb") as file:
         file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(file.name, path)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -591,14 +578,12 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load(path: str | Path, device: str = "cpu") -> Encoder:
-    """The encoder of a run folder or checkpoint file, in eval mode: images [N, 3, H, W] -> features [N, F].
-
-    Raises UserError for a missing or damaged file; the encoder raises ValueError for images that it cannot take."""
+    """The encoder of a run folder or checkpoint file, in eval mode. Raises UserError if it is missing or damaged."""
     path = Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     encoder = Encoder(Config(**state["config"]))
-    weights = {name: value for name, value in state["model"].items() if name.startswith("encoder.")}
-    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in weights.items()})
+    weights = {name.removeprefix("encoder."): x for name, x in state["model"].items() if name.startswith("encoder.")}
+    encoder.load_state_dict(weights)
     return encoder.to(device).eval().requires_grad_(False)
 
 
@@ -630,9 +615,7 @@ def start_device(cfg: Config) -> tuple[torch.device, int, int]:
 
 
 def train(cfg: Config) -> dict:
-    """Train and evaluate. Returns the summary, which is also in summary.json of the run folder.
-
-    Raises UserError for mistakes in settings, data and files, and when the loss is no longer finite."""
+    """Train and evaluate; returns what summary.json holds. Raises UserError for what the user can mend, and for NaN."""
     device, rank, world = start_device(cfg)
     run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if rank == 0 and run_dir.exists() and not cfg.resume:
@@ -642,7 +625,7 @@ def train(cfg: Config) -> dict:
     images = load_images(cfg)
     if world > 1 and rank == 0:
         dist.barrier()
-    images = Images(*(x.to(device) for x in images[:4]), images.classes)
+    images = Images(*(tensor.to(device) for tensor in images[:4]), images.classes)
     if cfg.batch_size > len(images.train):
         raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(images.train)} training images")
     torch.manual_seed(cfg.seed)
@@ -666,19 +649,21 @@ def train(cfg: Config) -> dict:
         start, seconds = state["step"], state["seconds"]
     end = max(start, min(steps, cfg.max_steps or steps))
     parameters = sum(p.numel() for p in model.encoder.parameters())
-    other = f"{device.type.upper()}, {torch.get_num_threads()} threads"
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else other
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=cfg.resume)  # two runs that start together never share a folder
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{cfg.preset} | {device_name} | encoder of {parameters:,} parameters | {run_dir}")
+        (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
+        print(f"{cfg.preset} | {hardware} | encoder of {parameters:,} parameters | {run_dir}")
 
     torch.compiler.reset()  # many trainings in one process would reach the limit of recompilations
-    compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False) if cfg.compile else losses
+    mode = "reduce-overhead" if device.type == "cuda" and world == 1 else "default"  # CUDA graphs, not many launches
+    compute_loss = torch.compile(losses, fullgraph=world == 1, dynamic=False, mode=mode) if cfg.compile else losses
     log_step, log_time, save_time = start, time.perf_counter(), time.perf_counter()
     for step in range(start, end):
-        # views and SIGReg's directions are functions of (seed, step); all processes draw the same numbers
-        torch.manual_seed(hash((cfg.seed, step)) % 2**32)
+        if cfg.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite the last step's tensors
+        # so views and SIGReg's directions depend on (seed, step) alone; all processes draw the same numbers
+        torch.manual_seed(hash((cfg.seed, step)) % 2**32)  # Python's hash of integers is always the same
         loss, terms, z = compute_loss(model, cfg, *make_batch(cfg, images, step, rank, world))
         loss.backward()
         if world > 1:
@@ -686,23 +671,21 @@ def train(cfg: Config) -> dict:
                 dist.all_reduce(p.grad.div_(world))  # the mean
         lr = learning_rate(cfg, step, per_epoch)
         for factor, optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * lr
+            optimizer.param_groups[0]["lr"] = factor * lr
             optimizer.step()
         model.zero_grad()
         done = step + 1
         if step == start:
             loss.item()  # waits for the device; the first step compiled and is left out of the timings
             log_step, log_time = done, time.perf_counter()
-        log_now = done % cfg.log_every == 0 or done == end
-        if not (log_now or stop_signals and world == 1):  # several processes stop together, at a log line
-            continue
+        if done % cfg.log_every and done < end and not (stop_signals and world == 1):
+            continue  # several processes stop together, at a log line
 
-        values = torch.stack([*terms.values(), terms["loss"].new_tensor(len(stop_signals))])
+        totals = torch.stack([*terms.values(), terms["loss"].new_tensor(len(stop_signals))])
         if world > 1:
-            dist.all_reduce(values)
-        *values, signals = (values / world).tolist()  # waits for the device
-        values = dict(zip(terms, values))
+            dist.all_reduce(totals)
+        *means, signals = (totals / world).tolist()  # waits for the device
+        values = dict(zip(terms, means))
         milliseconds = 1e3 * (time.perf_counter() - log_time) / max(1, done - log_step)
         seconds += (done - log_step) * milliseconds / 1e3
         text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -719,26 +702,25 @@ def train(cfg: Config) -> dict:
                 print(f"  collapse: the features hardly differ; raise {weights}")
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
                 # batches, views and learning rates are functions of (seed, step): this is enough for an exact resume
-                state = dict(format=FORMAT, config=dataclasses.asdict(cfg), step=done, seconds=seconds)
-                state["optimizers"] = [optimizer.state_dict() for _, optimizer in optimizers]
-                state["model"] = model.state_dict()
+                state = dict(format=FORMAT, config=vars(cfg), step=done, seconds=seconds)
+                state |= dict(model=model.state_dict(), optimizers=[part.state_dict() for _, part in optimizers])
                 save_checkpoint(run_dir / "checkpoint.pt", state)
                 save_time = time.perf_counter()
         if signals and done < end:
             if rank == 0:
                 print(f"stopped at step {done}, checkpoint saved: go on with --resume --run-dir {run_dir}")
-            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])  # it may be another process's signal
         log_step, log_time = done, time.perf_counter()
 
     if rank > 0:
         return {}
     summary = dict(script=SCRIPT, preset=cfg.preset, seed=cfg.seed, data=cfg.data, steps=end, parameters=parameters)
-    summary |= dict(device=device_name, torch=torch.__version__, train_seconds=round(seconds, 1))
+    summary |= dict(device=hardware, torch=torch.__version__, train_seconds=round(seconds, 1))
     summary |= dict(loss=cfg.loss, epochs=round(end / per_epoch, 3))
     model.eval()
     if cfg.evaluate:
-        some = images.train[:: max(1, len(images.train) // 2048)]
-        summary |= collapse_meter(extract_features(model.encoder, some))
+        sample = images.train[:: max(1, len(images.train) // 2048)]  # of all classes: a folder is sorted by class
+        summary |= collapse_meter(extract_features(model.encoder, sample))
         if len(images.classes) > 1:
             summary |= evaluate(model, cfg, images)
         np.savez_compressed(run_dir / "examples.npz", **make_examples(model, cfg, images))

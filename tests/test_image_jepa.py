@@ -441,10 +441,9 @@ def test_muon_against_its_definition():
             assert 0.6 < values.min() and values.max() < 1.3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("backbone", ["small", "vit_s"])
-def test_weight_decay_spares_biases_norms_and_positions(optimizer, backbone):
-    cfg = preset("smoke", optimizer=optimizer, backbone=backbone, weight_decay=0.1)
+def test_weight_decay_spares_biases_norms_and_positions(backbone):
+    cfg = preset("smoke", optimizer="muon", backbone=backbone, weight_decay=0.1)
     model = ij.Model(cfg, 10)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _, part in ij.make_optimizers(model, cfg):
