@@ -4,7 +4,7 @@ ARGS ?=
 PIP_ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help setup demo image_jepa video_jepa world_model ablations gpu_campaign bench results test torture clean
+.PHONY: help setup demo image_jepa video_jepa world_model ablations gpu_check gpu_campaign bench results test torture clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -12,8 +12,13 @@ help:  ## this list
 	@echo "  minutes and figures: 2 CPU cores; on a GPU not measured yet"
 
 .venv/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet $(PIP_ARGS) -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/tests: .venv/ready tests/requirements.txt
+	$(RUN) -m pip install --quiet $(PIP_ARGS) -r tests/requirements.txt -c constraints.txt
 	touch $@
 
 setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
@@ -36,6 +41,9 @@ world_model: .venv/ready  ## train a world model and plan with it (10 minutes, 9
 ablations: .venv/ready  ## every script with one part changed at a time (about an hour); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)
 
+gpu_check: .venv/tests  ## on a GPU: tests, benchmark, 30 timed steps of every preset; one table (some minutes)
+	$(RUN) results/gpu_check.py $(ARGS)
+
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
 	$(RUN) results/campaign.py gpu $(ARGS)
 
@@ -46,7 +54,7 @@ results: .venv/ready  ## write the README's tables and its first picture anew fr
 	$(RUN) results/overview.py
 	$(RUN) results/tables.py --readme
 
-test: .venv/ready  ## all tests (6 minutes, two at a time; ARGS="-k name" for some)
+test: .venv/tests  ## all tests (6 minutes, two at a time; ARGS="-k name" for some)
 	$(RUN) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
 torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (about 20 minutes; ARGS=6 for 6 times)

@@ -68,3 +68,12 @@ def test_a_step_is_one_graph_and_waits_for_nothing(run, script, preset):
     assert found["graphs"] == 1 and found["syncs"] == found["to_host"] == 0, found
     measured = found["forward_backward"], found["update"], found["peak_gigabytes"]
     assert all(0 < value < bound for value, bound in zip(measured, BOUNDS[script, preset])), measured
+
+
+@pytest.mark.skipif("NULLGPU_INDUCTOR" not in os.environ, reason="minutes of compiling: set NULLGPU_INDUCTOR=1")
+@pytest.mark.parametrize("script, preset", BOUNDS)
+def test_training_replays_graphs(run, script, preset):
+    """Compiled in earnest, each step but the first few is one graph forward and one backward."""
+    found = run("compiled", script, preset)
+    print(script, preset, found)
+    assert 2 * 38 <= found["graphs"] <= 2 * 60, found

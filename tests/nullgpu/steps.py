@@ -113,6 +113,17 @@ def planner(script, name: str) -> dict:
     return found
 
 
+def compiled(script, name: str) -> dict:
+    """Sixty steps through train() as on a GPU: inductor, and its graphs replayed. Of the last twenty: host time."""
+    cfg = small(script, name, max_steps=60, log_every=20, run_dir=str(Path(tempfile.mkdtemp()) / "run"))
+    before = counts()
+    script.train(cfg)
+    after = counts()
+    line = json.loads((Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {what: after[what] - before[what] for what in ("launches", "graphs")}
+    return found | dict(milliseconds=line["milliseconds"], reserved_gigabytes=torch.cuda.max_memory_reserved() / 2**30)
+
+
 def faults() -> dict:
     """Mistakes that the null GPU must tell from good code: name -> whether it did."""
     x, caught = torch.zeros(8, device="cuda"), {}
