@@ -38,10 +38,10 @@ world_model: .venv/ready  ## train a world model and plan with it (10 minutes, 9
 	$(RUN) world_model.py $(ARGS)
 	$(RUN) results/draw.py --newest world_model
 
-ablations: .venv/ready  ## every script with one part changed at a time (about an hour); ARGS=video_jepa for one
+ablations: .venv/ready  ## every script with one part changed at a time (about 100 minutes); ARGS=video_jepa for one
 	$(RUN) results/campaign.py ablations $(ARGS)
 
-gpu_check: .venv/tests  ## on a GPU: tests, benchmark, 30 timed steps of every preset; one table (some minutes)
+gpu_check: .venv/tests  ## on a GPU: tests, benchmark, 30 timed steps of presets gpu and paper; one table (some minutes)
 	$(RUN) results/gpu_check.py $(ARGS)
 
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call

@@ -618,12 +618,12 @@ def main() -> None:
         signal.signal(number, request_stop)
     try:
         train(parse_args(sys.argv[1:]))
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
+        sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: choose a smaller --batch-size")
     except torch._dynamo.exc.TorchDynamoException as error:
         sys.exit(f"error: torch.compile failed: try --no-compile ({str(error).splitlines()[0]})")
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        sys.exit(f"error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,10 +7,10 @@ the gates and LayerNorm are written out, in float32 under autocast too. On 2 CPU
 bf16 products take 118 ms; a loop over `nn.GRUCell` and LayerNorm takes 112, in bf16 throughout and with 4 times the
 error (142 and 151 ms in another run).
 
-Triton, for at most 1,024 rows: one kernel, launched once a step, with the next step's states in memory in between. A
+Triton, for at most 1,024 rows: one kernel, launched H + 1 times, with the next step's states in memory in between. A
 program settles its 16 rows (LayerNorm of all D features, distance to the goal), then computes 64 of the next state's
 columns, all three gates of a column together, so that the [E S, 3D] products never leave the registers. The programs
-of the same rows settle them each for itself. A planner captures the H launches in a CUDA graph, as `CudaGraphs` in
+of the same rows settle them each for itself. A planner captures the launches in a CUDA graph, as `CudaGraphs` in
 world_model.py does; launched one by one they take the CPU longer than the GPU.
 
 Counted, not measured (no GPU at hand), a step at D 512 on an H100, float32, as the published planner computes:

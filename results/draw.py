@@ -4,7 +4,7 @@
     python results/draw.py --newest video_jepa      # the newest finished run of a script
 
 Writes into the run folder: curves.png for every run; views.png and neighbours.png for images; ap.png and
-rollout.gif for videos; unroll.png, unroll.gif, success.png, map.png and episodes.gif for world models.
+rollout.gif for videos; unroll.png, unroll.gif, map.png and episodes.gif for world models.
 """
 
 import argparse
@@ -139,11 +139,6 @@ def draw_world(run: Path, summary: dict, examples: dict) -> None:
     lines.append(("baseline: the first frame", steps, summary["copy_error_px"], "--"))
     save_lines(run / "unroll.png", [dict(x="steps predicted open-loop", y="position error (px)", lines=lines)])
     draw_unroll(run / "unroll.gif", examples)
-    styles = {"agent": "-", "untrained": "-.", "straight_line": "--", "random": ":"}
-    near = {name.replace("_", " "): (examples[f"near_{name}"], style) for name, style in styles.items()}
-    lines = [(name, range(len(share)), share, style) for name, (share, style) in near.items()]
-    panel = dict(x="environment step", y=f"within {REACHED} px of the goal (%)", lines=lines)
-    save_lines(run / "success.png", [panel])
     draw_paths(run / "map.png", examples)
     draw_episodes(run / "episodes.gif", examples)
 

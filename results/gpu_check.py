@@ -1,4 +1,4 @@
-"""What a GPU does with this project, in minutes: its tests, the kernels' benchmark, 30 timed steps of every preset.
+"""What a GPU does with this project: its tests, the kernels' benchmark, 30 timed steps of presets gpu and paper.
 
     python results/gpu_check.py [--json FILE] [--only NAME]
 
@@ -41,6 +41,8 @@ def time_steps(name: str, preset: str) -> dict:
     result |= dict(peak_gigabytes=torch.cuda.max_memory_allocated() / 2**30, seconds_in_all=seconds)
     result |= dict(dtype="bfloat16" if getattr(cfg, "bf16", False) else "float32")
 
+    torch.compiler.reset()  # gives the memory of its graphs back
+    torch.cuda.empty_cache()
     model, batch = parts(script, cfg)
     script.use_triton(False)  # the counter knows PyTorch's operators only
     with FlopCounterMode(display=False) as counter:
@@ -75,8 +77,8 @@ def parts(script, cfg) -> tuple:
 def run(*command: str) -> tuple[str, str]:
     """-> what the command printed, and the last line of its error if it failed."""
     ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    error = "" if ended.returncode == 0 else (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1]
-    return ended.stdout, error
+    last = [f"ended with code {ended.returncode}", *ended.stdout.splitlines(), *ended.stderr.splitlines()][-1]
+    return ended.stdout, last if ended.returncode else ""
 
 
 def main() -> None:

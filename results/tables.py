@@ -1,6 +1,6 @@
-"""The README's tables from the summaries in results/, so that no figure is typed by hand.
+"""The tables of the project's and of results' README from the summaries in results/: no figure is typed by hand.
 
-python results/tables.py --readme          # write them into README.md
+python results/tables.py --readme          # write them into both
 python results/tables.py runs/a runs/b     # print a table of these run folders
 """
 
@@ -82,8 +82,9 @@ def table(script: str) -> str:
     """Rows of results/<script>/*.json, the published figures, the mean over seeds of each preset."""
     summaries = [json.loads(p.read_text()) for p in sorted((ROOT / "results" / script).glob("*.json"))]
     lines = [head(script), *(row(f"`{s['preset']}`, seed {s['seed']}", s) for s in summaries), *PUBLISHED[script]]
-    for preset in dict.fromkeys(s["preset"] for s in summaries):
-        seeds, found = [s for s in summaries if s["preset"] == preset], []
+    kind = lambda s: (s["preset"], s.get("loss", ""))
+    for preset, loss in dict.fromkeys(map(kind, summaries)):
+        seeds, found = [s for s in summaries if kind(s) == (preset, loss)], []
         for name, (key, form) in MAIN[script].items() if len(seeds) > 1 else ():
             values = [s[key] for s in seeds]
             mean, deviation = form.format(statistics.mean(values)), form.format(statistics.stdev(values))
@@ -124,9 +125,12 @@ def ablations() -> str:
     return "\n\n".join(parts)
 
 
-def readme() -> str:
-    """README.md as it should be: what stands between the markers is replaced."""
-    text = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "results/README.md"]
+
+
+def renewed(page: Path) -> str:
+    """A page as it should be: what stands between its markers is replaced."""
+    text = page.read_text()
     made = {script: table(script) for script in COLUMNS} | dict(kernels=kernels(), ablations=ablations())
     for name, content in made.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -138,7 +142,8 @@ def readme() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--readme"]:
-        (ROOT / "README.md").write_text(readme())
+        for page in PAGES:
+            page.write_text(renewed(page))
     else:
         runs = {Path(p).name: json.loads((Path(p) / "summary.json").read_text()) for p in sys.argv[1:]}
         print(head(script_of(next(iter(runs.values())))), *(row(name, s) for name, s in runs.items()), sep="\n")

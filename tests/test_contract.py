@@ -70,7 +70,7 @@ def losses(folder) -> dict[int, float]:
 @SCRIPTS
 @pytest.mark.parametrize("compile", [False, True])
 def test_resume_is_exact_bit_for_bit(script, compile, tmp_path):
-    """In three parts as in one: weights, optimiser, random state and every logged loss."""
+    """In three parts as in one: weights, optimiser and every logged loss."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = dict(compile=compile, **(SMALL[script] if compile else {}))
     script.train(fast(script, whole, **options))

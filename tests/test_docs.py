@@ -1,14 +1,19 @@
 """README, Makefile, presets and results agree."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +31,8 @@ def test_tables_are_those_of_the_results():
     sys.path.insert(0, str(ROOT / "results"))
     import tables
 
-    assert README == tables.readme(), "run: make results"
+    for page in tables.PAGES:
+        assert page.read_text() == tables.renewed(page), "run: make results"
 
 
 def test_every_command_flag_and_path_exists():
@@ -55,12 +61,6 @@ def test_make_lists_its_targets():
     )
 
 
-def trained(script, folder: Path, **more) -> str:
-    """The folder of a run of a few steps."""
-    script.train(script.preset("smoke", **{**dict(max_steps=3, run_dir=str(folder)), **more}))
-    return repr(str(folder))
-
-
 def example(script) -> str:
     (found,) = (code for code in EXAMPLES if re.search(rf"(import|from) .*\b{script}\b", code))
     return found
@@ -70,25 +70,23 @@ def test_every_example_is_tested():
     assert len(EXAMPLES) == 4
 
 
-def test_example_of_image_features(tmp_path):
+def test_example_of_image_features(tmp_path, monkeypatch):
     from torchvision.utils import save_image
 
+    monkeypatch.chdir(ROOT)
     images = ij.draw_digits(32)
     for n, (image, label) in enumerate(zip(images.train[:60], images.train_labels)):
         for part in ("train", "test"):
             path = tmp_path / "data" / part / images.classes[label] / f"{n}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image / 255, path)
-    run = trained(ij, tmp_path / "run", evaluate=False, log_every=1)
-    code = example("image_jepa").replace('"runs/image_jepa/cpu-20261126-101500"', run)
-    exec(code.replace("path/to/folder", str(tmp_path / "data")), names := {})
-    assert names["classifier"].coef_.shape == (10, 8 * 24)
+    exec(example("image_jepa").replace("path/to/folder", str(tmp_path / "data")), names := {})
+    assert names["classifier"].coef_.shape == (10, 512)
 
 
-def test_example_of_video(tmp_path):
-    run = trained(vj, tmp_path / "run", validation_clips=0, sequences=100, log_every=1)
-    code = example("video_jepa").replace('"runs/video_jepa/cpu-20261125-101500"', run)
-    exec(code, names := {})
+def test_example_of_video(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(example("video_jepa"), names := {})
     assert names["where"].shape == (8, 5, 8, 8) and names["model"].decode(names["future"]).shape == (8, 5, 64, 64)
 
 
@@ -135,6 +133,57 @@ def test_the_experiment_applies_and_trains(tmp_path):
     assert ended.returncode == 0, ended.stderr
     first, last = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[:2])
     assert 0 < last["variance"] < first["variance"] and last["covariance"] > 0
+
+
+CHANGES = sorted((ROOT / "changes").glob("*.diff"))
+
+
+@pytest.mark.parametrize("diff", CHANGES, ids=[path.stem for path in CHANGES])
+def test_changes_apply_and_train(diff, tmp_path, monkeypatch):
+    """Each of the README's changes: at most ten lines, and some steps of preset smoke with it."""
+    assert f"`changes/{diff.name}`" in README
+    assert sum(line[0] == "+" for line in diff.read_text().splitlines()[2:]) <= 10
+    name, part = diff.stem.split("-")
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    subprocess.run(["git", "apply", diff], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location(f"changed_{name}_{part}", tmp_path / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    settings = dict(image_jepa=dict(evaluate=False), video_jepa=dict(validation_clips=0), world_model=dict(episodes=0))
+    settings = settings[name] | dict(run_dir=str(tmp_path / "run"), max_steps=10, log_every=5)
+    generator = np.random.default_rng(0)
+    pictures = lambda *shape: generator.integers(256, size=shape, dtype=np.uint8)
+    if diff.stem == "image_jepa-data":
+        labels = np.arange(100) % 4
+        parts = dict(train=pictures(100, 3, 32, 32), test=pictures(20, 3, 32, 32))
+        np.savez(tmp_path / "mine.npz", train_labels=labels, test_labels=labels[:20], **parts)
+        settings |= dict(data=str(tmp_path / "mine.npz"), epochs=100)
+    if diff.stem == "video_jepa-data":
+        np.save(tmp_path / "mine.npy", pictures(30, 20, 64, 64))
+        settings |= dict(data=str(tmp_path / "mine.npy"), epochs=10)
+    if diff.stem == "image_jepa-backbone":
+        settings |= dict(backbone="mobilenet")
+    assert script.train(script.preset("smoke", **settings))["steps"] == 10
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["effective_rank"] > 1 for line in lines)
+
+
+def test_the_notebook_runs(tmp_path):
+    """From top to bottom, with a training of one epoch; what is stored with it are pictures alone, and under 1 MB."""
+    path = ROOT / "notebooks/tour.ipynb"
+    notebook = nbformat.read(path, 4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert path.stat().st_size < 1e6 and all("image/png" in output["data"] for output in outputs) and len(outputs) == 4
+    (training,) = (cell for cell in notebook.cells if "epochs=24" in cell.source)
+    training.source = training.source.replace("epochs=24", "epochs=1")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("runs/tour", str(tmp_path / "tour"))
+    nbclient.NotebookClient(notebook, timeout=300, resources=dict(metadata=dict(path=ROOT / "notebooks"))).execute()
+    drawn = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(drawn) == 4 and (tmp_path / "tour/summary.json").exists()
 
 
 @pytest.mark.parametrize("command", [["format", "--check"], ["check"]])
