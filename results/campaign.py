@@ -30,7 +30,6 @@ ABLATIONS = {
             "one step instead of four": (["--rollout", "1"], ""),
             "all terms, latent cost": (["--cost", "latent"], ""),
             "slow and fast features not apart": (["--slow-features", "0"], ""),
-            "AdamW instead of Muon": (["--optimizer", "adamw", "--lr", "0.002"], ""),
         },
         ("success_rate", "success_interval", "effective_rank", "train_seconds"),
     ),
