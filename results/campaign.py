@@ -98,7 +98,8 @@ def ablations(arguments: list[str]) -> None:
         for name, (flags, published) in runs.items():
             folder = ROOT / "runs" / script / ("ablation " + name).replace(" ", "-").replace(",", "")
             summary = run(script, folder, [*common, *flags])
-            rows[name] = {key: summary[key] for key in kept} | dict(published=published)
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            rows[name] = {key: (last | summary)[key] for key in kept} | dict(published=published)
             print(f"{name:<40}{rows[name]}", flush=True)
         path = ROOT / "results/ablations.json"
         record = json.loads(path.read_text()) if path.exists() else {}
