@@ -47,7 +47,7 @@ gpu_check: .venv/tests  ## on a GPU: tests, benchmark, 30 timed steps of presets
 gpu_campaign: .venv/ready  ## on a GPU: benchmark, presets gpu and paper, into results/, 9 minutes a call
 	$(RUN) results/campaign.py gpu $(ARGS)
 
-bench: .venv/ready  ## time the kernels: as usually written / torch.compile / ours (about 2 minutes); ARGS="--json FILE" also writes a file
+bench: .venv/ready  ## time the kernels: as usually written / torch.compile / ours (about a minute); ARGS="--json FILE" also writes a file
 	$(RUN) -m kernels.bench $(ARGS)
 
 results: .venv/ready  ## write the README's tables and its first picture anew from results/

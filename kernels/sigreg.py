@@ -13,7 +13,7 @@ the parts, the integral, and its slope by every sum -> backward, which projects 
 most 64 parts) are stored, nothing of size N M. The backward projects anew for every block of the gradient's columns,
 2 N D M FLOPs each, rather than write and read N M angles. Projections are tf32x3 (error near float32's): plain tf32
 would blur the angles by 1e-3. Sums run in a fixed order. Launch constants are untuned: no GPU at hand. On 2 CPU cores
-256 x 128 with 256 directions take 2.7 ms forward and backward; with complex [N, M, knots] arrays 15.
+256 x 128 with 256 directions take 1.7 ms forward and backward; as autograd has it 2.9.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Triton: products of tiles (upper triangle only, the long axis split over program
 squares -> the two losses; backward in one launch. Every sum runs in a fixed order through partial buffers (4 to 17
 MB), so equal input gives equal output. Products are tf32x3, three tensor-core products with an error near float32's:
 centred bf16 input no longer fits bf16, and plain tf32 would cost three digits. Launch constants are untuned: no GPU at
-hand. On 2 CPU cores two views of (256, 2048) take 11 ms forward and backward; with D x D covariances 245.
+hand. On 2 CPU cores two views of (256, 2048) take 7 ms forward and backward; with D x D covariances 95.
 """
 
 from __future__ import annotations
