@@ -54,7 +54,7 @@ results: .venv/ready  ## write the README's tables and its first picture anew fr
 	$(RUN) results/overview.py
 	$(RUN) results/tables.py --readme
 
-test: .venv/tests  ## all tests (6 minutes, two at a time; ARGS="-k name" for some)
+test: .venv/tests  ## all tests (7 minutes, two at a time; ARGS="-k name" for some)
 	$(RUN) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
 torture: .venv/ready  ## kill every script 20 times and compare with a run left alone (about 20 minutes; ARGS=6 for 6 times)
