@@ -50,6 +50,7 @@ def time_steps(name: str, preset: str) -> dict:
         loss.backward()
     result |= dict(teraflops=1e-9 * counter.get_total_flops() / line["milliseconds"])
     if name == "world_model":
+        script.use_triton(None)
         agent = script.Agent(model.requires_grad_(False), cfg)
         obs = torch.zeros(20, 2, script.SIZE, script.SIZE, dtype=torch.uint8, device="cuda")
         for _ in range(2):  # the first captures the graphs
