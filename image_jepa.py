@@ -69,7 +69,7 @@ class UserError(ValueError):
 class Config:
     """Learn features of unlabelled images."""
 
-    # These values are preset paper, the published recipe.
+    # These values are preset paper, the published recipe; the command line starts from gpu or cpu.
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights, batches and views
     run_dir: str = ""  # folder of this run; empty: runs/image_jepa/<preset>-<date>-<time>
@@ -177,15 +177,12 @@ def load_images(cfg: Config) -> Images:
 
 def find_images(folder: Path) -> list[Path]:
     """Image files in a folder and in those below it, in alphabetical order. Prints what other files are left out."""
-    images, others, visited = [], collections.Counter(), set(folder.resolve().parents)
+    images, others, visited = [], collections.Counter(), {folder.resolve(), *folder.resolve().parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if Path(parent).resolve() in visited:  # a link back to where we come from
-            folders.clear()
-            continue
-        visited.add(Path(parent).resolve())
         hidden = {name for name in [*folders, *files] if name.startswith(".") or name == "__MACOSX"}
-        folders[:] = sorted(set(folders) - hidden)
-        others += collections.Counter(hidden=len(hidden))
+        folders[:] = [name for name in sorted(set(folders) - hidden) if Path(parent, name).resolve() not in visited]
+        visited |= {Path(parent, name).resolve() for name in folders}  # a link back to one of these is not followed
+        others += collections.Counter(hidden=len(hidden))  # += drops a count of zero
         for path in (Path(parent, name) for name in sorted(set(files) - hidden)):
             if path.suffix.lower() in IMG_EXTENSIONS:
                 images.append(path)
@@ -201,24 +198,17 @@ def read_folder(root: Path, size: int) -> Images:
 
     With labels: train/<class>/* and test/<class>/* (or val/<class>/*), the same classes in both. Without: train/* or
     simply *, with or without folders below."""
-    parts = [root]  # folders of the training and, if there is one, of the test images
-    if (root / "train").is_dir():
-        parts = [root / "train", *[root / name for name in ("test", "val") if (root / name).is_dir()][:1]]
+    parts = [root / name for name in ("train", "test", "val") if (root / name).is_dir()][:2]
+    if root / "train" not in parts:
+        parts = [root]
     files = [(part, path) for part in parts for path in find_images(part)]
     n = sum(part == parts[0] for part, _ in files)
     if not n:
         raise UserError(f"--data {root}: no images there, and it is neither cifar10 nor digits")
-    unreadable = []
-
-    def read(path: Path) -> Tensor:
-        try:
-            return decode(path, size)
-        except Exception as error:  # PIL raises many kinds for a damaged file
-            unreadable.append(f"\n  {path} ({type(error).__name__}: {error})")
-
+    read = lambda path: decode(path, size)
     pixels = thread_map(read, [path for _, path in files], desc="reading images", leave=False, disable=None)
-    if unreadable:
-        listed = "".join(sorted(unreadable))
+    if unreadable := [reason for reason in pixels if isinstance(reason, str)]:
+        listed = "".join(unreadable)
         raise UserError(f"{len(unreadable)} files cannot be read as images: remove them and start again{listed}")
     names = [path.relative_to(part).parts[0] if path.parent != part else "" for part, path in files]  # of classes
     if n == len(files) or "" in names:
@@ -232,11 +222,12 @@ def read_folder(root: Path, size: int) -> Images:
     return Images(pixels[:n], labels[:n], pixels[n:], labels[n:], classes)
 
 
-def decode(path: Path, size: int) -> Tensor:
-    """One image file -> its central square [3, size, size] uint8, upright, RGB, on white where it is transparent."""
+def decode(path: Path, size: int) -> Tensor | str:
+    """The central square of an image file [3, size, size] uint8, upright, RGB, on white; or why it cannot be read."""
     Image.MAX_IMAGE_PIXELS = None  # photos of any size: these files are the user's own
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # a copy
         if image.mode.startswith(("I", "F")):  # grey of more than 8 bits
             grey = np.nan_to_num(np.asarray(image, float)).clip(0)
             # the full scale is not in the file: 1 (floats), 8, 12, 16 or 32 bits, whichever holds the brightest pixel
@@ -247,6 +238,8 @@ def decode(path: Path, size: int) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(square)).movedim(2, 0)
+    except Exception as error:  # PIL raises many kinds for a damaged file
+        return f"\n  {path} ({type(error).__name__}: {error})"
 
 
 def draw_digits(size: int) -> Images:
@@ -262,29 +255,23 @@ def draw_digits(size: int) -> Images:
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations
-
-
 def augment(images: Tensor, cfg: Config) -> Tensor:
-    """Images [B, 3, S, S] uint8 -> a random view of each [B, 3, crop_size, crop_size] in [0, 1].
-
-    The same distributions as torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale and
-    RandomSolarize, drawn for each image separately."""
+    """Images [B, 3, S, S] uint8 -> a random view of each [B, 3, crop_size, crop_size] in [0, 1]: torchvision's
+    RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale and RandomSolarize, drawn for each image."""
     B, S = len(images), images.shape[-1]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(B, *shape, device=images.device)
     chance = lambda p: uniform(0, 1, 1, 1, 1) < p  # [B, 1, 1, 1]
     # the first of ten random boxes that fits into the image; if none does, the whole image
     area, log_ratio = S * S * uniform(*cfg.crop_scale, 10), uniform(-math.log(4 / 3), math.log(4 / 3), 10)
     boxes = torch.stack((area * torch.exp(-log_ratio), area * torch.exp(log_ratio)), 2).sqrt().round().clamp(min=1)
-    fits = (boxes <= S).all(2)  # [B, 10]
-    first = boxes[torch.arange(B, device=images.device), fits.int().argmax(1)]
-    sides = torch.where(fits.any(1, keepdim=True), first, S)  # [B, 2] height, width
+    boxes = F.pad(boxes, (0, 0, 0, 1), value=S)  # [B, 11, 2] height, width; the eleventh is the whole image
+    sides = boxes[torch.arange(B, device=images.device), (boxes <= S).all(2).int().argmax(1)]  # [B, 2]
     corner = (uniform(0, 1, 2) * (S - sides + 1)).floor()  # [B, 2] top, left
     x = crop(images.float() / 255, corner, sides, cfg.crop_size)
     x = torch.where(chance(0.5), x.flip(3), x)
     strength = cfg.jitter * (uniform(0, 1, 1) < 0.8)
     factor = lambda limit: 1 + strength * uniform(-limit, limit, 1)
-    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)  # the last is a shift, of the hue
+    factors = torch.cat((factor(0.4), factor(0.4), factor(0.2), factor(0.1) - 1), 1)  # hue is shifted, not multiplied
     x = jitter_colours(x, factors, order=uniform(0, 1, 4).argsort(1))
     x = torch.where(chance(cfg.grey), rgb_to_grayscale(x), x)
     return torch.where(chance(cfg.solarise) & (x >= 0.5), 1 - x, x)
@@ -304,10 +291,9 @@ def crop(images: Tensor, corner: Tensor, sides: Tensor, out: int) -> Tensor:
 
 
 def jitter_colours(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] after the four colour operations.
-
-    factors [B, 4]: of brightness, contrast and saturation (1 changes nothing), shift of the hue in turns. order [B, 4]:
-    the operations in the order in which they are applied."""
+    """Images [B, 3, H, W] in [0, 1] after colour operations. factors [B, 4]: of brightness, contrast and saturation
+    (1 changes nothing), shift of the hue in turns. order [B, 4]: the operations in the order in which they apply."""
+    BRIGHTNESS, CONTRAST, _, HUE = range(4)  # columns of factors; the third is saturation
     for operation in order[..., None, None].split(1, 1):  # [B, 1, 1, 1]
         factor = factors[..., None, None].gather(1, operation)
         # brightness, contrast and saturation blend with black, with the mean grey and with the grey image
@@ -341,14 +327,6 @@ def make_batch(cfg: Config, images: Images, step: int, rank: int = 0, world: int
 
 
 # ------------------------------------------------------------------------------------------------- model and its loss
-def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385): torchvision's block of ResNet-18."""
-    shortcut = None
-    if stride > 1 or inputs != outputs:
-        shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
-    return BasicBlock(inputs, outputs, stride, shortcut)
-
-
 def make_backbone(cfg: Config) -> tuple[nn.Module, int]:
     """A module [N, 3, H, W] -> [N, F], and F. A new one is a branch here, and a name in Config.backbone."""
     if cfg.backbone == "resnet18":  # for small images: a 3x3 stem of stride 1, and no max-pooling
@@ -363,7 +341,10 @@ def make_backbone(cfg: Config) -> tuple[nn.Module, int]:
         return net, dim
     W = cfg.width
     stem = nn.Conv2d(3, W, 4, 2, 1, bias=False), nn.BatchNorm2d(W), nn.ReLU()
-    blocks = residual_block(W, W), residual_block(W, 2 * W, 2), residual_block(2 * W, 4 * W, 2)
+    blocks = [BasicBlock(W, W)]  # two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385)
+    for inputs in (W, 2 * W):  # these halve the sides and double the channels
+        shortcut = nn.Sequential(conv1x1(inputs, 2 * inputs, 2), nn.BatchNorm2d(2 * inputs))
+        blocks.append(BasicBlock(inputs, 2 * inputs, 2, shortcut))
     last = conv1x1(4 * W, 8 * W), nn.BatchNorm2d(8 * W), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*stem, *blocks, *last), 8 * W
 
@@ -422,7 +403,7 @@ def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[T
     gathered = [torch.cat(all_gather(view)) if dist.is_initialized() else view for view in p]
     if cfg.loss == "vicreg":
         per_view = torch.stack([torch.stack(variance_covariance_loss(view)) for view in gathered])  # [V, 2]
-        variance, covariance = 2 * per_view.mean(0)  # published for two views: the sum over them
+        variance, covariance = 2 * per_view.mean(0)  # the published loss sums over its two views
         loss = loss + cfg.variance_weight * variance + cfg.covariance_weight * covariance
         terms |= dict(variance=variance, covariance=covariance)
     elif cfg.loss == "sigreg":
@@ -435,14 +416,11 @@ def losses(model: Model, cfg: Config, images: Tensor, labels: Tensor) -> tuple[T
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread features [N, F] are, after subtraction of their mean.
-
-    Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885). Smallest and mean
-    standard deviation of a feature; mean |off-diagonal correlation|."""
+    """How spread features [N, F] are around their mean: effective rank, exp of the entropy of the normalised singular
+    values (RankMe, arXiv 2210.02885); smallest and mean standard deviation of a feature; mean |correlation| of two."""
     z = z.cpu().double()
-    z = z - z.mean(0)
     std = z.std(0)
-    p = F.normalize(torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt(), p=1, dim=0)
+    p = F.normalize(torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0).sqrt(), p=1, dim=0)
     correlation = torch.corrcoef(z.T).nan_to_num().fill_diagonal_(0).abs().sum() / (len(std) * (len(std) - 1))
     rank = torch.special.entr(p).sum().exp()
     values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=correlation)
@@ -514,18 +492,17 @@ def extract_features(encoder: Encoder, images: Tensor) -> Tensor:
     return torch.cat([encoder(batch.to(encoder.mean.device)).cpu() for batch in batches])
 
 
-def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndarray) -> dict[str, float]:
-    """Of classifiers on features z [N, F] with labels y [N], on test images, in %.
-
-    Linear probe: logistic regression with the best of three weight decays on held-out training images. kNN: a vote of
-    the 20 nearest, with weights exp(cosine / 0.07) (arXiv 1805.01978)."""
+def accuracies(z: np.ndarray, y: np.ndarray, z_test: np.ndarray, y_test: np.ndarray) -> tuple[float, float]:
+    """Of classifiers on features z [N, F] with labels y [N], on test images, in %: linear probe, a logistic regression
+    with the best of three weight decays on held-out training images; kNN, a vote of the 20 nearest with weights
+    exp(cosine / 0.07) (arXiv 1805.01978)."""
     held_out = ShuffleSplit(1, test_size=min(5000, max(1, len(y) // 10)), random_state=0)
     strengths = dict(C=[1 / (decay * len(y)) for decay in (1e-2, 1e-3, 1e-4)])  # C: inverse of the weight decay
     logistic = LogisticRegression(tol=1e-3, max_iter=1000)
     linear = make_pipeline(StandardScaler(), GridSearchCV(logistic, strengths, cv=held_out))
     knn = KNeighborsClassifier(min(20, len(y)), weights=lambda distance: np.exp(-distance / 0.07), metric="cosine")
     score = lambda classifier: round(100 * classifier.fit(z, y).score(z_test, y_test), 2)
-    return dict(linear_accuracy=score(linear), knn_accuracy=score(knn))
+    return score(linear), score(knn)
 
 
 def evaluate(model: Model, cfg: Config, images: Images) -> dict[str, float]:
@@ -536,8 +513,8 @@ def evaluate(model: Model, cfg: Config, images: Images) -> dict[str, float]:
     result = {}
     for prefix, encoder in (("untrained_", untrained), ("", model.encoder)):
         z, z_test = extract_features(encoder, images.train), extract_features(encoder, images.test)
-        of_encoder = accuracies(z.numpy(), y, z_test.numpy(), y_test)
-        result |= {prefix + name: accuracy for name, accuracy in of_encoder.items()}
+        linear, knn = accuracies(z.numpy(), y, z_test.numpy(), y_test)
+        result |= {prefix + "linear_accuracy": linear, prefix + "knn_accuracy": knn}
     correct = model.probe(z_test.to(images.test.device)).argmax(1) == images.test_labels  # z_test of model.encoder
     return result | dict(online_accuracy=round(100 * correct.float().mean().item(), 2))
 
@@ -579,8 +556,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def load(path: str | Path, device: str = "cpu") -> Encoder:
     """The encoder of a run folder or checkpoint file, in eval mode. Raises UserError if it is missing or damaged."""
-    path = Path(path)
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    state = read_checkpoint(Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path))
     encoder = Encoder(Config(**state["config"]))
     weights = {name.removeprefix("encoder."): x for name, x in state["model"].items() if name.startswith("encoder.")}
     encoder.load_state_dict(weights)
@@ -698,8 +674,7 @@ def train(cfg: Config) -> dict:
             text += f" | {milliseconds:.0f} ms | rank {meter['effective_rank']:.1f}/{z.shape[1]}"
             print(f"step {done:05d}/{steps} | {text} | {(end - done) * milliseconds / 6e4:.1f} min left", flush=True)
             if values["projection_std"] < 0.1 or meter["effective_rank"] < 0.03 * min(z.shape):
-                weights = "--variance-weight and --covariance-weight" if cfg.loss == "vicreg" else "--sigreg-weight"
-                print(f"  collapse: the features hardly differ; raise {weights}")
+                print(f"  collapse: the features hardly differ; raise the weights of --loss {cfg.loss}")
             if done == end or signals or time.perf_counter() - save_time > cfg.save_every:
                 # batches, views and learning rates are functions of (seed, step): this is enough for an exact resume
                 state = dict(format=FORMAT, config=vars(cfg), step=done, seconds=seconds)

@@ -7,9 +7,8 @@
             + w_v variance + w_c covariance          of project(z): they keep the latents from collapsing (kernels/)
 
 Frames 0 and 1 are given. After round k, a frame t > k has been predicted from the true frames t - 2k .. t - k: k frames
-ahead. Two heads read detached latents, so they teach the encoder nothing: a detector finds in which of 8 x 8 cells the
-centres of digits lie, and a decoder shows the frame. The measure is the detector's average precision (AP) on latents
-predicted k = 1..7 frames ahead, and the mean of the seven (mAP).
+ahead. Two heads on detached latents teach the encoder nothing: a decoder shows the frame, a detector finds the cells,
+of 8 x 8, with centres of digits. The measure is its average precision (AP) 1..7 frames ahead, and their mean (mAP).
 
     python video_jepa.py                                       # moving digits of MNIST
     python video_jepa.py --data digits                         # moving digits of scikit-learn: needs no files
@@ -346,7 +345,7 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
     z = z[:16].to("cpu", torch.float64)
     z = (z - z.mean((0, 1))).movedim(2, -1).flatten(0, -2)  # [N, C]
     std = z.std(0)
-    p = F.normalize(torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt(), p=1, dim=0)
+    p = F.normalize(torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0).sqrt(), p=1, dim=0)
     correlation = torch.corrcoef(z.T).nan_to_num().fill_diagonal_(0).abs().sum() / (len(std) * (len(std) - 1))
     rank = torch.special.entr(p).sum().exp()
     values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=correlation)
@@ -454,8 +453,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def load(path: str | Path, device: str = "cpu") -> Model:
     """The model of a run folder or checkpoint file, in eval mode. Raises UserError for a missing or damaged file."""
-    path = Path(path)
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    state = read_checkpoint(Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path))
     model = Model(Config(**state["config"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval().requires_grad_(False)

@@ -9,13 +9,13 @@ A dot moves through two rooms joined by a door. Nothing tells the model what a p
          + w_s |z_t - z_{t+1}|^2                         similarity: latents change slowly
          + w_i |inverse(z_t, z_{t+1}) - a_t|^2           inverse dynamics: latents tell which action was taken
          + w_d |n - d(y, g)|                             n steps from y_0 and from y_K to other places g, and the
-         + w_d |(n_K - n_0) - (d_K - d_0)|               change from y_0 to y_K; neither term in preset paper
+         + w_d |(n_K - n_0) - (d_K - d_0)|               change from y_0 to y_K; not in preset paper
     plan: argmin over a_0 .. a_{H-1} of sum_k cost(y_k, encode(goal image)), by MPPI or CEM, every few steps
 
 where |.|^2 is a mean over features. The published recipe (preset paper, arXiv 2602.03604) takes |y - goal|^2 for the
 cost, which does not see the wall. The other presets learn the distance d(y, goal): the number n of steps between two
-frames, by the shortest path through the walks in these rooms (see shortest_paths). There, one half of the features has
-to be slow and the other half tells the action: asked of all features at once, the two demands compete.
+frames, by the shortest path through the walks in these rooms (see shortest_paths). They do without similarity: to be
+slow and to tell the action are demands that compete.
 
     python world_model.py                                        # train, then plan
     python world_model.py --preset paper                         # the published recipe
@@ -55,7 +55,7 @@ from tqdm import trange
 from kernels import gru_rollout_cost, use_triton, variance_covariance_loss
 
 SCRIPT = "world_model"
-FORMAT = "nanojepa/world_model/3"  # of a checkpoint
+FORMAT = "nanojepa/world_model/4"  # of a checkpoint
 
 
 class UserError(ValueError):
@@ -67,6 +67,7 @@ class UserError(ValueError):
 class Config:
     """Train a latent world model in Two Rooms and plan with it."""
 
+    # These values are preset paper, the published recipe; the command line starts from gpu or cpu.
     preset: Literal["gpu", "paper", "cpu", "smoke"] = "paper"  # set of defaults; every other flag overrides it
     seed: int = 0  # of weights, walks and the order of clips
     run_dir: str = ""  # folder of this run; empty: runs/world_model/<preset>-<date>-<time>
@@ -83,9 +84,9 @@ class Config:
     encoder: Literal["impala", "strided"] = "impala"  # strided: for CPUs, at half resolution, one convolution a stage
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages of the encoder
     latent_dim: int = 512  # features of a latent
-    slow_features: int = 0  # similarity acts on these first ones only, inverse dynamics on the others; 0 = both on all
     predictor: Literal["gru", "residual"] = "gru"  # residual: z + MLP(z, a)
     # loss
+    cost: Literal["latent", "distance"] = "latent"  # of plans; distance: learnt steps to go, from other walks
     rollout: int = 8  # steps predicted open-loop (K)
     prediction_weight: float = 1.0  # mean squared error of predicted latents
     variance_weight: float = 16.0  # hinge loss on the standard deviation of each feature
@@ -97,10 +98,9 @@ class Config:
     steps: int = 3120  # optimiser steps of the whole schedule
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 384  # clips a step, over all processes
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, with Adam at a tenth of its rate for vectors
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices; the rest by Adam at a tenth of its rate
     lr: float = 1e-3  # peak learning rate, after linear warm-up over the first tenth and before a cosine decay to 1e-5
     # planning
-    cost: Literal["latent", "distance"] = "latent"  # distance: learnt steps to go; changes walks, clips, loss too
     planner: Literal["mppi", "cem"] = "mppi"  # mppi: weighs the elites, takes one of them; cem: takes their mean
     samples: int = 200  # plans drawn in each iteration
     iterations: int = 20  # of sampling, for each plan
@@ -123,8 +123,6 @@ class Config:
             raise UserError(f"--clip-frames must be more than --rollout and less than {FRAMES}")
         if not 1 < self.elites <= self.samples or self.iterations < 1:
             raise UserError("--elites must be at least 2, and at most --samples; --iterations at least 1")
-        if not 0 <= self.slow_features < self.latent_dim:
-            raise UserError("--slow-features must be fewer than --latent-dim")
         if self.walks_per_layout < 1 or self.walks % self.walks_per_layout or self.walks < self.batch_size:
             raise UserError("--walks must be a multiple of --walks-per-layout, and at least --batch-size")
         if self.cost == "distance" and self.walks_per_layout < 8:
@@ -132,16 +130,16 @@ class Config:
 
 
 # What gpu, cpu and smoke have in common.
-FAST = dict(cost="distance", walks=36000, walks_per_layout=32, predictor="residual")
-FAST |= dict(prediction_weight=4.0, inverse_weight=16.0, optimizer="muon", lr=0.02, replan_every=4)
-FAST |= dict(planner="cem", samples=64, iterations=2, elites=8, horizon=4, init_std=1.0, action_limit=1.8)
-CPU = dict(FAST, encoder="strided", channels=(16, 32, 64), latent_dim=128, slow_features=64)
+FAST = dict(cost="distance", walks=36000, walks_per_layout=32, predictor="residual", optimizer="muon", lr=0.02)
+FAST |= dict(prediction_weight=4.0, similarity_weight=0.0, inverse_weight=16.0, planner="cem", replan_every=4)
+FAST |= dict(samples=64, iterations=2, elites=8, horizon=4, init_std=1.0, action_limit=1.8)
+CPU = dict(FAST, encoder="strided", channels=(16, 32, 64), latent_dim=128)
 CPU |= dict(clip_frames=5, rollout=4, batch_size=256, bf16=False, compile=False)
 PRESETS: dict[str, dict] = {
-    "gpu": dict(FAST, slow_features=256, steps=6000),  # not tuned yet
+    "gpu": dict(FAST, steps=6000),  # not tuned yet
     "paper": {},  # the values of Config: the published recipe
     "cpu": dict(CPU, steps=4000),
-    "smoke": dict(CPU, walks=128, walks_per_layout=16, channels=(8, 8, 16), latent_dim=32, slow_features=16),
+    "smoke": dict(CPU, walks=128, walks_per_layout=16, channels=(8, 8, 16), latent_dim=32),
 }
 PRESETS["smoke"] |= dict(steps=60, batch_size=32, episodes=6, log_every=10)
 MAY_CHANGE_ON_RESUME = {"run_dir", "resume", "device", "compile", "bf16", "kernels", "max_steps"}
@@ -223,7 +221,7 @@ def random_tasks(n: int, g: torch.Generator) -> Tasks:
 def published_tasks() -> Tasks:
     """The twenty tasks of the published evaluation: 25 x 45 layouts, 2.6 px from borders and faces."""
     rng = np.random.default_rng(0)
-    drawn = [(rng.integers(2250) // 2, *rng.random(5)) for _ in range(21)]
+    drawn = [(rng.integers(2250) // 2, *rng.random(5)) for _ in range(21)]  # of 25 x 45 layouts, each twice
     layout, left, right, start_y, goal_y, swap = np.array(drawn[1:]).T  # the first one is not used
     wall, door = 20 + layout // 45, 10 + layout % 45
     left, right = 6.6 + left * (wall - 3.6 - 6.6), wall + 3.6 + right * (57.4 - wall - 3.6)
@@ -266,8 +264,6 @@ class TwoRooms:
         if seed is not None:
             self.generator.manual_seed(int(seed))
         tasks = (options or {}).get("tasks") or random_tasks(self.num_envs, self.generator)
-        if len(tasks.start) != self.num_envs:
-            raise ValueError(f"{len(tasks.start)} tasks for {self.num_envs} environments")
         self.layout, self.position, self.goal = (x.to(self.device) for x in tasks)
         self.t = 0
         self.goal_obs = render(self.goal[:, None], self.layout)[:, 0]
@@ -317,7 +313,7 @@ def make_walks(cfg: Config, n: int, seed: int) -> Walks:
     g, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     layout = random_layout(n // cfg.walks_per_layout, g).repeat_interleave(cfg.walks_per_layout, 0)
     layouts, count = layout.repeat(3, 1), 3 * n
-    right = LOW + torch.rand(count, generator=g) * (HIGH - LOW) > layouts[:, 0]
+    right = LOW + torch.rand(count, generator=g) * (HIGH - LOW) > layouts[:, 0]  # a room, by its width
     position = random_position(layouts, right, KEEP_OFF, g)
     # the heading turns by von Mises noise; step lengths are normal, cut off at two standard deviations
     turn = torch.from_numpy(rng.vonmises(0, 5, (count, FRAMES - 1))).float()
@@ -353,7 +349,7 @@ def shortest_paths(cfg: Config, walks: Walks) -> Walks:
         pixels = F.avg_pool2d(dots.float(), 4).flatten(1)  # a quarter of the resolution, for speed
         difference = torch.cdist(pixels, pixels)
         of_step = difference[this, following]
-        joined = difference <= of_step[of_step > 0].median()
+        joined = difference <= of_step[of_step > 0].median()  # 0: stopped by a wall
         joined[this, following] = True
         found = dijkstra(csr_matrix(joined.numpy()), directed=False, unweighted=True, indices=goals)
         steps[k] = torch.from_numpy(found).clamp(max=UNKNOWN)
@@ -397,14 +393,9 @@ def mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
+class ResidualBlock(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+        return F.relu(x + super().forward(x))
 
 
 class Encoder(nn.Module):
@@ -421,8 +412,9 @@ class Encoder(nn.Module):
             if self.strided:
                 layers += [nn.Conv2d(inputs, channels, 3, stride=2, padding=1), nn.ReLU()]
             else:
+                conv = lambda: nn.Conv2d(channels, channels, 3, padding=1)
                 layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
-                layers += [ResidualBlock(channels), ResidualBlock(channels)]
+                layers += [ResidualBlock(conv(), nn.ReLU(), conv()), ResidualBlock(conv(), nn.ReLU(), conv())]
             inputs, side = channels, (side + 1) // 2
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * side * side, cfg.latent_dim))
         self.norm = nn.LayerNorm(cfg.latent_dim)
@@ -450,11 +442,10 @@ class Model(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        D, S = cfg.latent_dim, cfg.slow_features
-        self.slow, self.fast = (slice(S), slice(S, D)) if S else (slice(D), slice(D))
+        D = cfg.latent_dim
         self.encoder = Encoder(cfg)
         self.predictor = nn.GRUCell(2, D) if cfg.predictor == "gru" else mlp(D + 2, 2 * D, 2 * D, D)
-        self.inverse_dynamics = mlp(2 * (D - S), 256, 256, 2)
+        self.inverse_dynamics = mlp(2 * D, 256, 256, 2)
         for layer in self.inverse_dynamics[::2]:
             nn.init.normal_(layer.weight, std=0.02)  # as published
             nn.init.zeros_(layer.bias)
@@ -478,10 +469,6 @@ class Model(nn.Module):
             y.append(self.predict(y[-1], action))
         return torch.stack(y, 1)
 
-    def read(self, z: Tensor) -> Tensor:
-        """Latents [..., D] -> x, y, wall x and door y in px [..., 4], as the probe sees them."""
-        return 32 + 16 * self.probe(z)
-
     def distance(self, z: Tensor, goal: Tensor) -> Tensor:
         """Latents and goals [..., D] -> steps between them [...]."""
         return 10 * F.softplus(self.distance_head(torch.cat((z, goal), -1))[..., 0])
@@ -493,7 +480,7 @@ def losses(model: Model, cfg: Config, batch: Batch) -> tuple[Tensor, dict[str, T
     with torch.autocast(batch.action.device.type, torch.bfloat16, enabled=cfg.bf16):
         z = model.encode(render(batch.position, batch.layout))  # [B, T, D]
         y = model.rollout(z[:, 0], batch.action[:, :K])  # [B, K + 1, D]
-        action = model.inverse_dynamics(torch.cat((z[:, :-1, model.fast], z[:, 1:, model.fast]), 2))  # [B, T - 1, 2]
+        action = model.inverse_dynamics(torch.cat((z[:, :-1], z[:, 1:]), 2))  # [B, T - 1, 2]
         read = model.probe(z.detach())
         distance = y.new_zeros(batch.steps.shape)
         if cfg.cost == "distance":
@@ -501,14 +488,13 @@ def losses(model: Model, cfg: Config, batch: Batch) -> tuple[Tensor, dict[str, T
                 goal = model.encode(render(batch.goal, batch.layout))
             ends = y[:, ::K, None].expand(-1, -1, GOALS, -1)  # y_0 and y_K [B, 2, G, D]
             distance = model.distance(ends, goal[:, None].expand_as(ends))
-    if cfg.bf16:
-        z, y, action, read, distance = (x.float() for x in (z, y, action, read, distance))
+    z, y, action, read, distance = (x.to(batch.action.dtype) for x in (z, y, action, read, distance))  # not bfloat16
     terms = dict(prediction=F.mse_loss(y[:, 1:], z[:, 1 : K + 1]))
     rows = z.flatten(0, 1)
     if dist.is_initialized():
         rows = torch.cat(all_gather(rows))  # statistics over the clips of all processes
     terms["variance"], terms["covariance"] = variance_covariance_loss(rows)
-    terms["similarity"] = F.mse_loss(z[:, 1:, model.slow], z[:, :-1, model.slow])
+    terms["similarity"] = F.mse_loss(z[:, 1:], z[:, :-1])
     terms["inverse_dynamics"] = F.mse_loss(action, batch.action[:, :-1])
     known = batch.steps < UNKNOWN  # [B, 2, G]: of y_0 and y_K
     error = (batch.steps - distance) * known
@@ -524,14 +510,11 @@ def losses(model: Model, cfg: Config, batch: Batch) -> tuple[Tensor, dict[str, T
 
 @torch.no_grad()
 def collapse_meter(z: Tensor) -> dict[str, float]:
-    """How spread latents [B, T, D] are, after subtraction of their mean.
-
-    Effective rank: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885). Smallest and mean
-    standard deviation of a feature; mean |off-diagonal correlation|."""
+    """How spread latents [B, T, D] are around their mean: effective rank, exp of the entropy of the normalised singular
+    values (RankMe, arXiv 2210.02885); smallest and mean standard deviation of a feature; mean |correlation| of two."""
     z = z.flatten(0, 1)[:4096].cpu().double()
-    z = z - z.mean(0)
     std = z.std(0)
-    p = F.normalize(torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt(), p=1, dim=0)
+    p = F.normalize(torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0).sqrt(), p=1, dim=0)
     correlation = torch.corrcoef(z.T).nan_to_num().fill_diagonal_(0).abs().sum() / (len(std) * (len(std) - 1))
     rank = torch.special.entr(p).sum().exp()
     values = dict(effective_rank=rank, std_min=std.min(), std_mean=std.mean(), correlation=correlation)
@@ -539,29 +522,15 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
-class Muon(torch.optim.Muon):
-    """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
-
-    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
-    memory: make it after the model has moved to its device."""
-
-    def __init__(self, weights: list[nn.Parameter]):
-        self.weights = weights
-        super().__init__([w.data.view(len(w), -1) for w in weights], momentum=0.9, weight_decay=0.01)
-
-    def step(self) -> None:
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
-            matrix.grad = weight.grad.flatten(1)
-        super().step()
-
-
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of a factor of the learning rate and an optimiser."""
+    """Pairs of a factor of the learning rate and an optimiser. Muon orthogonalises the steps of matrices (Jordan et al.
+    2024, kellerjordan.github.io/posts/muon); vectors and convolutions take Adam's."""
     if cfg.optimizer == "adamw":
         return [(1.0, torch.optim.AdamW(model.parameters(), weight_decay=1e-5))]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    return [(1.0, Muon(matrices)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    muon = torch.optim.Muon(matrices, momentum=0.9, weight_decay=0.01)
+    return [(1.0, muon), (0.1, torch.optim.Adam(others, betas=(0.9, 0.98)))]
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -574,27 +543,22 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 def clip_gradients(model: Model) -> None:
     """Gradients of the encoder to a norm of 2, then the predictor's; the shared layer norm is in both, as published."""
-    encoder, predictor = model.encoder, model.predictor
-    nn.utils.clip_grad_norm_(encoder.parameters(), 2.0)
-    nn.utils.clip_grad_norm_([*predictor.parameters(), *encoder.norm.parameters()], 2.0)
+    nn.utils.clip_grad_norm_(model.encoder.parameters(), 2.0)
+    nn.utils.clip_grad_norm_([*model.predictor.parameters(), *model.encoder.norm.parameters()], 2.0)
 
 
 # --------------------------------------------------------------------------------------------------------- planning
-MPPI_SHARPNESS = 0.005  # elites weigh softmax(-0.005 cost), as published
-
-
 def rollout_cost(model: Model, cfg: Config, z: Tensor, goal: Tensor, actions: Tensor) -> Tensor:
     """Latents and goals [E, D], plans [E, S, H, 2] -> costs [E, S], summed over the H predicted latents."""
-    E, S, H, _ = actions.shape
     if cfg.cost == "latent" and isinstance(model.predictor, nn.GRUCell):
         gru, norm = model.predictor, model.encoder.norm
         weights = gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh, norm.weight, norm.bias
         return gru_rollout_cost(z, actions, goal, *weights, objective="sum")
-    y, goal, cost = z.repeat_interleave(S, 0), goal.repeat_interleave(S, 0), 0.0  # [E S, D]
-    for action in actions.flatten(0, 1).unbind(1):  # [E S, 2]
-        y = model.predict(y, action)
-        cost = cost + (model.distance(y, goal) if cfg.cost == "distance" else (y - goal).square().mean(1))
-    return cost.view(E, S)
+    E, S = actions.shape[:2]
+    y = model.rollout(z.repeat_interleave(S, 0), actions.flatten(0, 1))[:, 1:].unflatten(0, (E, S))  # [E, S, H, D]
+    goal = goal[:, None, None].expand_as(y)
+    cost = model.distance(y, goal) if cfg.cost == "distance" else (y - goal).square().mean(3)
+    return cost.sum(2)
 
 
 def search_round(model: Model, cfg: Config, z: Tensor, goal: Tensor, mean: Tensor, std: Tensor, noise: Tensor):
@@ -608,7 +572,7 @@ def search_round(model: Model, cfg: Config, z: Tensor, goal: Tensor, mean: Tenso
         actions = actions * norm.clamp(max=cfg.action_limit) / (norm + 1e-6)
     cost, index = rollout_cost(model, cfg, z, goal, actions).topk(cfg.elites, 1, largest=False)
     elites = actions[torch.arange(len(z), device=z.device)[:, None], index]
-    weight = torch.softmax(-MPPI_SHARPNESS * cost, 1)
+    weight = torch.softmax(-0.005 * cost, 1)  # as published; of MPPI alone
     if cfg.planner == "cem":
         return elites.mean(1), elites.std(1), elites, weight
     mean = torch.einsum("en,enha->eha", weight, elites)
@@ -616,15 +580,12 @@ def search_round(model: Model, cfg: Config, z: Tensor, goal: Tensor, mean: Tenso
     return mean, std, elites, weight
 
 
-def plan(
-    model: Model, cfg: Config, z: Tensor, goal: Tensor, horizon: int, g: torch.Generator, one_round=search_round
-) -> Tensor:
+def plan(model: Model, cfg: Config, z: Tensor, goal: Tensor, horizon: int, g: torch.Generator, one_round=search_round):
     """Latents and goals [E, D] -> plans [E, H, 2] in px a step. MPPI returns one of the last elites, CEM their mean."""
-    shape = len(z), cfg.samples, horizon, 2
     mean = torch.zeros(len(z), horizon, 2, device=z.device, dtype=z.dtype)
     std = torch.full_like(mean, cfg.init_std)
     for _ in range(cfg.iterations):
-        noise = torch.randn(shape, generator=g, device=z.device, dtype=z.dtype)
+        noise = torch.randn((len(z), cfg.samples, horizon, 2), generator=g, device=z.device, dtype=z.dtype)
         mean, std, elites, weight = one_round(model, cfg, z, goal, mean, std, noise)
     if cfg.planner == "cem":
         return mean
@@ -707,7 +668,7 @@ def run_episodes(tasks: Tasks, policy: Callable, device="cpu", watch: Callable |
 
 
 def straight_line(obs: Tensor, info: dict, steps_left: int) -> Tensor:
-    """Baseline that knows the positions: towards the goal, at most 1.8 px a step."""
+    """Towards the goal, at most 1.8 px a step."""
     way = info["goal"] - info["position"]
     return way * (1.8 / way.norm(dim=1, keepdim=True).clamp(min=1.8))
 
@@ -717,22 +678,22 @@ def random_actions(obs: Tensor, info: dict, steps_left: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_planning(model: Model, cfg: Config, device: torch.device) -> tuple[dict, dict[str, np.ndarray]]:
-    """-> success rates in % and arrays for figures. A task is solved if the *last* position is near the goal.
-
-    Baselines: random actions; the straight line; the same planner with the weights from before training."""
-    tasks, agent, imagined = random_tasks(cfg.episodes, torch.Generator().manual_seed(777)), Agent(model, cfg), []
+def evaluate(model: Model, cfg: Config, device: torch.device) -> tuple[dict, dict[str, np.ndarray]]:
+    """Success rates in %, where the *last* position must be near the goal, and arrays for figures. Baselines: random
+    actions; the straight line, which knows positions; the same planner with the weights from before training."""
+    tasks = random_tasks(cfg.episodes, torch.Generator().manual_seed(777))
+    agent, imagined = Agent(model, cfg), []
 
     def imagine(obs):  # for a figure: what the model predicts for the plans of the first twelve tasks
         z = model.encode(obs[:12, None])[:, 0]
-        path = model.read(model.rollout(z, agent.plan[:12, agent.age - 1 :]))[..., :2]
+        path = 32 + 16 * model.probe(model.rollout(z, agent.plan[:12, agent.age - 1 :]))[..., :2]  # px
         imagined.append(F.pad(path, (0, 0, 0, cfg.horizon + 1 - path.shape[1]), value=math.nan))
 
     start = render(tasks.start[:, None], tasks.layout)[:, 0]
     agent.act(start, start, EPISODE_STEPS)  # on a GPU the first capture is not timed
     agent.reset()
     positions, near, seconds = run_episodes(tasks, agent, device, imagine)
-    torch.manual_seed(cfg.seed)  # as at the beginning of training
+    torch.manual_seed(cfg.seed)  # weights as before training
     untrained = Agent(Model(cfg).to(device), cfg)
     _, published, _ = run_episodes(published_tasks(), Agent(model, cfg), device)
     rate = lambda solved: round(100 * solved.float().mean().item(), 2)
@@ -745,20 +706,6 @@ def evaluate_planning(model: Model, cfg: Config, device: torch.device) -> tuple[
     result |= dict(episodes=cfg.episodes, episode_seconds=round(seconds / cfg.episodes, 4))
     arrays = dict(position=positions, goal=tasks.goal, wall=tasks.layout, plans=torch.stack(imagined))
     return result, {name: array.cpu().numpy() for name, array in arrays.items()}
-
-
-@torch.no_grad()
-def evaluate_rollout(model: Model, cfg: Config, device: torch.device) -> tuple[dict, dict[str, np.ndarray]]:
-    """-> mean errors, px, of positions that the probe reads from latents predicted 1 .. 89 steps from the first frame;
-    of the first frame's position itself; arrays for figures. In these walks a blocked move does not happen."""
-    walks = make_walks(dataclasses.replace(cfg, walks_per_layout=1, cost="latent"), 256, cfg.seed + 1)
-    position, action, layout = (x.to(device) for x in walks[:3])
-    z = model.encode(render(position[:, :1], layout))[:, 0]
-    read = model.read(model.rollout(z, action))  # [256, 90, 4]
-    error = lambda guess: (guess - position).norm(dim=2).mean(0)[1:].cpu().numpy().round(4).tolist()
-    result = dict(position_error_px=error(read[..., :2]), copy_error_px=error(position[:, :1]))
-    some = dict(unroll_position=position[:4], unroll_wall=layout[:4], unroll_read=read[:4])
-    return result, {name: array.cpu().numpy() for name, array in some.items()}
 
 
 # -------------------------------------------------------------------------------------- run folder and checkpoints
@@ -789,8 +736,7 @@ def load(path: str | Path, device: str = "cpu", **settings) -> Agent:
     samples=128. `agent.model` encodes, predicts and measures distances.
 
     Raises UserError for a missing or damaged file."""
-    path = Path(path)
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    state = read_checkpoint(Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path))
     cfg = Config(**state["config"])
     model = Model(cfg)
     model.load_state_dict(state["model"])
@@ -920,10 +866,9 @@ def train(cfg: Config) -> dict:
     summary |= dict(device=hardware, torch=torch.__version__, train_seconds=round(seconds, 1))
     if cfg.episodes:
         model.eval()
-        figures, rollout_arrays = evaluate_rollout(model, cfg, device)
-        rates, planning_arrays = evaluate_planning(model, cfg, device)
-        summary |= figures | rates
-        np.savez_compressed(run_dir / "examples.npz", **rollout_arrays, **planning_arrays)
+        rates, arrays = evaluate(model, cfg, device)
+        summary |= rates
+        np.savez_compressed(run_dir / "examples.npz", **arrays)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
     return summary

@@ -20,16 +20,16 @@ ROOT = Path(__file__).parents[1]
 # script -> flags of every run, {run: (its flags, published figure or "")}, figures that are kept
 ABLATIONS = {
     "world_model": (
-        ["--steps", "2000", "--episodes", "200"],
+        ["--steps", "1000", "--episodes", "200"],
         {
-            "all terms": ([], "97"),
+            "preset cpu, without similarity": ([], "61"),
+            "with similarity": (["--similarity-weight", "12"], "97"),
             "no variance": (["--variance-weight", "0"], "47"),
             "no covariance": (["--covariance-weight", "0"], "46"),
-            "no similarity": (["--similarity-weight", "0"], "61"),
             "no inverse dynamics": (["--inverse-weight", "0"], "1"),
             "one step instead of four": (["--rollout", "1"], ""),
-            "all terms, latent cost": (["--cost", "latent"], ""),
-            "slow and fast features not apart": (["--slow-features", "0"], ""),
+            "latent cost": (["--cost", "latent"], ""),
+            "AdamW": (["--optimizer", "adamw", "--lr", "0.0015"], ""),
         },
         ("success_rate", "success_interval", "effective_rank", "train_seconds"),
     ),

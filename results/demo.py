@@ -27,7 +27,7 @@ import world_model  # noqa: E402
 def plan(out: Path) -> str:
     agent = world_model.load(ROOT / "results/world_model/cpu-0.pt")
     cfg = dataclasses.replace(agent.cfg, episodes=12)
-    rates, examples = world_model.evaluate_planning(agent.model, cfg, torch.device("cpu"))
+    rates, examples = world_model.evaluate(agent.model, cfg, torch.device("cpu"))
     draw.draw_paths(out / "paths.png", examples)
     draw.draw_episodes(out / "episodes.gif", examples)
     straight, solved = rates["straight_line_success_rate"], rates["success_rate"]

@@ -4,7 +4,7 @@
     python results/draw.py --newest video_jepa      # the newest finished run of a script
 
 Writes into the run folder: curves.png for every run; views.png and neighbours.png for images; ap.png and
-rollout.gif for videos; unroll.png, unroll.gif, map.png and episodes.gif for world models.
+rollout.gif for videos; map.png and episodes.gif for world models.
 """
 
 import argparse
@@ -134,11 +134,6 @@ WORLD, REACHED = 65, 4.5  # side of a frame; a goal counts as reached within so 
 
 
 def draw_world(run: Path, summary: dict, examples: dict) -> None:
-    steps = range(1, len(summary["position_error_px"]) + 1)
-    lines = [("predicted", steps, summary["position_error_px"], "-")]
-    lines.append(("baseline: the first frame", steps, summary["copy_error_px"], "--"))
-    save_lines(run / "unroll.png", [dict(x="steps predicted open-loop", y="position error (px)", lines=lines)])
-    draw_unroll(run / "unroll.gif", examples)
     draw_paths(run / "map.png", examples)
     draw_episodes(run / "episodes.gif", examples)
 
@@ -160,30 +155,6 @@ def draw_room(pen: ImageDraw.ImageDraw, left: float, top: float, scale: int, wal
 
 def dot(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, **style) -> None:
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
-
-
-def draw_unroll(path: Path, examples: dict, scale: int = 3) -> None:
-    """GIF: above, true trajectories; below, what the probe reads from latents predicted from the first frame on."""
-    true, wall, read = examples["unroll_position"], examples["unroll_wall"], examples["unroll_read"]
-    N, T, _ = true.shape
-    side, pictures = WORLD * scale, []
-    for t in range(T):
-        sheet = Image.new("RGB", (N * side, 2 * side), "white")
-        pen = ImageDraw.Draw(sheet)
-        for n in range(N):
-            error = np.linalg.norm(read[n, t, :2] - true[n, t])
-            for row, (position, room, text) in enumerate(
-                [
-                    (true[n, t], wall[n], f"true, step {t}"),
-                    (read[n, t, :2], read[n, t, 2:], f"predicted, {error:.1f} px off"),
-                ]
-            ):
-                left, top = n * side, row * side
-                draw_room(pen, left, top, scale, *room)
-                dot(pen, left + (position[0] + 0.5) * scale, top + (position[1] + 0.5) * scale, 2 * scale, fill=BLUE)
-                pen.text((left + 4, top), text, fill="black")
-        pictures.append(sheet)
-    save_gif(path, pictures, 120, 1200)
 
 
 def draw_paths(path: Path, examples: dict, most: int = 16) -> None:
@@ -233,10 +204,10 @@ def draw_episodes(path: Path, examples: dict, scale: int = 4, columns: int = 3) 
 
             if t:
                 pen.line([at(p) for p in position[n, : t + 1]], fill=BLUE, width=2)
-            for p in plans[t, n][np.isfinite(plans[t, n, :, 0])]:
-                dot(pen, *at(p), 3, fill=RED)
             dot(pen, *at(position[n, t]), 2 * scale, fill=BLUE)
             dot(pen, *at(goal[n]), REACHED * scale, outline=ORANGE, width=2)
+            for p in plans[t, n][np.isfinite(plans[t, n, :, 0])]:
+                dot(pen, *at(p), 3, fill=RED)
             text = f"task {n}  step {t}" + ("  at goal" if near[n, t] else "")
             pen.text(at((1.0, 0.0)), text, fill="black")
         pictures.append(sheet)

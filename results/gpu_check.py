@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 PRESETS = [(script, preset) for script in ("world_model", "image_jepa", "video_jepa") for preset in ("gpu", "paper")]
 SMALL = {  # settings that shorten preparation and leave out evaluation
@@ -26,7 +28,6 @@ SMALL = {  # settings that shorten preparation and leave out evaluation
 
 def time_steps(name: str, preset: str) -> dict:
     """Steps 31 to 60 of a training; then one more, not compiled, to count its products."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     sys.path.insert(0, str(ROOT))
@@ -46,7 +47,7 @@ def time_steps(name: str, preset: str) -> dict:
     model, batch = parts(script, cfg)
     script.use_triton(False)  # the counter knows PyTorch's operators only
     with FlopCounterMode(display=False) as counter:
-        loss, _, _ = script.losses(model, cfg, *batch)
+        loss, _, _ = script.losses(model, cfg, *batch(0))
         loss.backward()
     result |= dict(teraflops=1e-9 * counter.get_total_flops() / line["milliseconds"])
     if name == "world_model":
@@ -62,17 +63,17 @@ def time_steps(name: str, preset: str) -> dict:
 
 
 def parts(script, cfg) -> tuple:
-    """A model on the GPU, and the arguments of its loss."""
+    """A model on the GPU, and a function: step -> the arguments of its loss."""
+    to_gpu = lambda data: type(data)(*(x.cuda() if torch.is_tensor(x) else x for x in data))
     if script.SCRIPT == "image_jepa":
-        images = script.load_images(cfg)
-        images = script.Images(*(x.cuda() for x in images[:4]), images.classes)
-        return script.Model(cfg, len(images.classes)).cuda(), script.make_batch(cfg, images, 0)
+        images = to_gpu(script.load_images(cfg))
+        return script.Model(cfg, len(images.classes)).cuda(), lambda step: script.make_batch(cfg, images, step)
     if script.SCRIPT == "video_jepa":
         clips = script.make_clips(script.load_sequences(cfg)[0], "cuda")
-        return script.Model(cfg).cuda(), (script.make_batch(cfg, clips, 0),)
+        return script.Model(cfg).cuda(), lambda step: (script.make_batch(cfg, clips, step),)
     walks = script.make_walks(cfg, cfg.walks, 0)
-    walks = script.shortest_paths(cfg, walks) if cfg.cost == "distance" else walks
-    return script.Model(cfg).cuda(), (script.make_batch(cfg, script.Walks(*(x.cuda() for x in walks)), 0),)
+    walks = to_gpu(script.shortest_paths(cfg, walks) if cfg.cost == "distance" else walks)
+    return script.Model(cfg).cuda(), lambda step: (script.make_batch(cfg, walks, step),)
 
 
 def run(*command: str) -> tuple[str, str]:
@@ -88,8 +89,6 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="NAME", help="only presets whose script and name contain this")
     parser.add_argument("--steps", nargs=2, metavar=("SCRIPT", "PRESET"), help="only the steps of this one, as JSON")
     arguments = parser.parse_args()
-    import torch
-
     if not torch.cuda.is_available():
         sys.exit("error: PyTorch finds no CUDA device here")
     if arguments.steps:

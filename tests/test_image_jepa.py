@@ -475,9 +475,9 @@ def test_linear_probe_converges_whatever_the_scales():
     (z, y, centre), (z_test, y_test, _) = clusters(900), clusters(600)
     unscaled = torch.from_numpy(z_test) / torch.logspace(-3, 3, 8)
     best = (torch.cdist(unscaled, centre).argmin(1).numpy() == y_test).mean() * 100  # Bayes
-    assert abs(ij.accuracies(z, y, z_test, y_test)["linear_accuracy"] - best) < 2
+    assert abs(ij.accuracies(z, y, z_test, y_test)[0] - best) < 2
     noise = np.random.default_rng(0).normal(size=(1500, 200)).astype(np.float32)
-    assert ij.accuracies(noise[:900], y, noise[900:], y_test)["linear_accuracy"] < 45
+    assert ij.accuracies(noise[:900], y, noise[900:], y_test)[0] < 45
 
 
 def test_knn_against_counting():
@@ -490,7 +490,7 @@ def test_knn_against_counting():
         for i in similar.argsort(descending=True)[:20]:
             votes[y[i]] += math.exp(similar[i] / 0.07)
         right += votes.index(max(votes)) == truth.item()
-    found = ij.accuracies(*(x.numpy() for x in (z, y, z_test, y_test)))["knn_accuracy"]
+    found = ij.accuracies(*(x.numpy() for x in (z, y, z_test, y_test)))[1]
     assert found == pytest.approx(100 * right / 70, abs=0.01)
 
 

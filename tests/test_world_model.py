@@ -196,14 +196,14 @@ def test_encoder_takes_bytes_and_floats_alike(encoder):
         torch.testing.assert_close(model.encoder(obs), model.encoder(obs.float()), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("predictor, slow", [("gru", 0), ("residual", 12)])
-def test_loss_terms_by_hand(walks, predictor, slow):
-    cfg = preset("smoke", predictor=predictor, batch_size=4, slow_features=slow, prediction_weight=3.0)
+@pytest.mark.parametrize("predictor", ["gru", "residual"])
+def test_loss_terms_by_hand(walks, predictor):
+    cfg = preset("smoke", predictor=predictor, batch_size=4, prediction_weight=3.0, similarity_weight=12.0)
     torch.manual_seed(0)
     model, batch = Model(cfg).double(), make_batch(cfg, walks, 0)
     batch = wm.Batch(*(x.double() if x.is_floating_point() else x for x in batch))
     loss, terms, z = losses(model, cfg, batch)
-    (B, T, D), K, mean = z.shape, cfg.rollout, lambda values: torch.stack(values).mean().item()
+    (B, T, _), K, mean = z.shape, cfg.rollout, lambda values: torch.stack(values).mean().item()
     encode = lambda p, b: model.encoder(render(p[None, None], batch.layout[b : b + 1])[0])[0]
     z = [[encode(batch.position[b, t], b) for t in range(T)] for b in range(B)]
     error, away = [], []
@@ -218,15 +218,16 @@ def test_loss_terms_by_hand(walks, predictor, slow):
             away += off.abs() * known
             away[-1] = away[-1] + (off[1] - off[0]).abs() * known.all()
     pairs = [(b, t) for b in range(B) for t in range(T - 1)]
-    still = slow or D  # the first features are slow, the others tell the action; 0: all do both
-    inverse = lambda b, t: model.inverse_dynamics(torch.cat((z[b][t][slow:], z[b][t + 1][slow:])))
+    inverse = lambda b, t: model.inverse_dynamics(torch.cat((z[b][t], z[b][t + 1])))
     truth = lambda b, t: torch.cat((batch.position[b, t], batch.layout[b]))
     expected = dict(
         prediction=mean(error),
-        similarity=mean([(z[b][t][:still] - z[b][t + 1][:still]).square().mean() for b, t in pairs]),
+        similarity=mean([(z[b][t] - z[b][t + 1]).square().mean() for b, t in pairs]),
         inverse_dynamics=mean([(inverse(b, t) - batch.action[b, t]).square().mean() for b, t in pairs]),
         distance=mean(away),
-        probe=mean([(model.read(z[b][t]) - truth(b, t)).square().mean() / 256 for b in range(B) for t in range(T)]),
+        probe=mean(
+            [(32 + 16 * model.probe(z[b][t]) - truth(b, t)).square().mean() / 256 for b in range(B) for t in range(T)]
+        ),
     )
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value, rel=1e-9), name
@@ -249,7 +250,7 @@ def test_every_parameter_is_optimised_once(name):
         optimizer.step()
     for key, p in model.named_parameters():
         step = p.detach() - before[key]
-        if name == "adamw" or p.ndim == 1:  # the first step of Adam is the rate itself
+        if name == "adamw" or p.ndim != 2:  # the first step of Adam is the rate itself
             rate = 0.5 if name == "adamw" else 0.05
             torch.testing.assert_close(step, torch.full_like(p, -rate), rtol=1e-2, atol=1e-4)
         else:
@@ -380,7 +381,7 @@ def test_smoke_run_learns(trained):
     assert [record["step"] for record in log] == list(range(10, 151, 10))
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["probe"] < 0.5 * log[0]["probe"]
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert len(summary["position_error_px"]) == 89 and summary["episodes"] == 6
+    assert summary["episodes"] == 6
     names = {"success_rate", "success_interval", "success_rate_any", "random_success_rate"}
     names |= {"straight_line_success_rate", "untrained_success_rate", "published_tasks_success_rate", "episode_seconds"}
     assert names <= set(summary)
@@ -392,10 +393,9 @@ def test_smoke_run_is_drawn(trained, monkeypatch):
     import draw
 
     draw.draw(folder)
-    for name in ("curves.png", "unroll.png", "map.png"):
+    for name in ("curves.png", "map.png"):
         assert len(Image.open(folder / name).convert("RGB").getcolors(1 << 24)) > 50, name
-    for name, frames in (("episodes.gif", 20), ("unroll.gif", 90)):
-        assert Image.open(folder / name).n_frames >= frames, name
+    assert Image.open(folder / "episodes.gif").n_frames >= 20
 
 
 def test_load_gives_an_agent_for_anyones_environment(trained):
@@ -411,9 +411,7 @@ def test_load_gives_an_agent_for_anyones_environment(trained):
 
 def test_collapse_is_flagged(tmp_path, capsys):
     weights = dict(variance_weight=0.0, covariance_weight=0.0, inverse_weight=0.0, distance_weight=0.0)
-    wm.train(
-        preset("smoke", similarity_weight=50.0, slow_features=0, **weights, episodes=0, run_dir=str(tmp_path / "run"))
-    )
+    wm.train(preset("smoke", similarity_weight=50.0, **weights, episodes=0, run_dir=str(tmp_path / "run")))
     assert "collapse: the latents hardly differ; raise --variance-weight" in capsys.readouterr().out
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, os.getcwd())
+sys.path[:0] = [os.getcwd(), "results"]
+from gpu_check import parts  # noqa: E402
+
 NAMES = "launches syncs to_host to_device graphs captured bytes peak_bytes".split()
 driver = ctypes.CDLL("libcuda.so.1")
 
@@ -44,30 +46,11 @@ def train(script, name: str) -> dict:
     return dict(device=next(module.parameters()).device.type, steps=[json.loads(line)["step"] for line in lines])
 
 
-def parts(script, name: str, **settings):
-    cfg = small(script, name, **settings)
-    device, _, _ = script.start_device(cfg)
-    if script.SCRIPT == "image_jepa":
-        images = script.load_images(cfg)
-        data = script.Images(*(x.to(device) for x in images[:4]), images.classes)
-        model = script.Model(cfg, len(images.classes)).to(device)
-        batch = lambda step: script.make_batch(cfg, data, step, 0, 1)
-    elif script.SCRIPT == "video_jepa":
-        data = script.make_clips(script.load_sequences(cfg)[0], device)
-        model = script.Model(cfg).to(device)
-        batch = lambda step: (script.make_batch(cfg, data, step, 0, 1),)
-    else:
-        walks = script.make_walks(cfg, cfg.walks, 0)
-        walks = script.shortest_paths(cfg, walks) if cfg.cost == "distance" else walks
-        walks = script.Walks(*(x.to(device) for x in walks))
-        model = script.Model(cfg).to(device)
-        batch = lambda step: (script.make_batch(cfg, walks, step),)
-    return cfg, model, batch
-
-
 def step(script, name: str) -> dict:
     """One whole step, its loss compiled as one graph, in which nothing may wait for the device."""
-    cfg, model, batch = parts(script, name)
+    cfg = small(script, name)
+    script.start_device(cfg)
+    model, batch = parts(script, cfg)
     optimizers = script.make_optimizers(model, cfg)
     compiled = torch.compile(script.losses, backend="aot_eager", fullgraph=True, dynamic=False)
     found = {}
