@@ -21,7 +21,7 @@ slow and to tell the action are demands that compete.
     python world_model.py --preset paper                         # the published recipe
     torchrun --nproc_per_node=2 world_model.py                   # several GPUs
 
-Preset cpu: 99.4-99.9 % of 1,000 tasks after 8 minutes on two CPU cores, 0.17 s an episode (straight line 42 %).
+Preset cpu: 99.1-99.8 % of 1,000 tasks after 9 minutes on two CPU cores, 0.17 s an episode (straight line 42 %).
 Published, on a GPU: 97 % of 20 tasks (mean of three seeds and their last three epochs), 37 s an episode.
 """
 
