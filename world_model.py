@@ -264,6 +264,8 @@ class TwoRooms:
         if seed is not None:
             self.generator.manual_seed(int(seed))
         tasks = (options or {}).get("tasks") or random_tasks(self.num_envs, self.generator)
+        if len(tasks.start) != self.num_envs:
+            raise ValueError(f"{len(tasks.start)} tasks for {self.num_envs} environments")
         self.layout, self.position, self.goal = (x.to(self.device) for x in tasks)
         self.t = 0
         self.goal_obs = render(self.goal[:, None], self.layout)[:, 0]
