@@ -55,7 +55,7 @@ def neighbours(out: Path, folder: str) -> str:
     images = image_jepa.Images(*(few(x) for x in images[:4]), images.classes)
     examples = image_jepa.make_examples(SimpleNamespace(encoder=encoder), cfg, images)
     draw.draw_image(out, {}, examples)
-    return f"images of {cfg.data}, and those nearest to them in feature space: neighbours.png"
+    return f"images of {cfg.data}, and the nearest in feature space (orange: another class): neighbours.png, views.png"
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def draw_paths(path: Path, examples: dict, most: int = 16) -> None:
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
     for part, n_rows, (which, name, colour) in zip(parts, rows, groups):
         shown = f", {most} shown" if which.sum() > most else ""
-        part.suptitle(f"{name}: {which.sum()} of {len(solved)} tasks{shown}")
+        part.suptitle(f"{name}: {which.sum()} of {len(solved)} tasks{shown} (dot: start, x: end, circle: goal)")
         axes = list(part.subplots(n_rows, 8, squeeze=False).flat)
         for axis in axes:
             axis.set_axis_off()
@@ -222,7 +222,8 @@ def draw(run: Path) -> None:
         with np.load(run / "examples.npz") as file:
             examples = dict(file)
         kinds = dict(image_jepa=draw_image, video_jepa=draw_video, world_model=draw_world)
-        kinds[summary["script"]](run, summary, examples)
+        if summary["script"] in kinds:  # a fork of another name has its curves
+            kinds[summary["script"]](run, summary, examples)
     print(f"{run}: " + ", ".join(sorted(p.name for p in run.iterdir() if p.suffix in (".png", ".gif"))))
 
 
