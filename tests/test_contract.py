@@ -70,11 +70,11 @@ def losses(folder) -> dict[int, float]:
 @SCRIPTS
 @pytest.mark.parametrize("compile", [False, True])
 def test_resume_is_exact_bit_for_bit(script, compile, tmp_path):
-    """In three parts as in one: weights, optimiser and every logged loss."""
+    """In two or three parts as in one: weights, optimiser and every logged loss."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = dict(compile=compile, **(SMALL[script] if compile else {}))
     script.train(fast(script, whole, **options))
-    for stop in (7, 17, 24):
+    for stop in (7, 24) if compile else (7, 17, 24):  # each part compiles anew
         script.train(fast(script, parts, max_steps=stop, resume=stop > 7, **options))
     a, b = checkpoint(whole), checkpoint(parts)
     assert a["step"] == 24
