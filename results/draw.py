@@ -142,8 +142,7 @@ def draw_room(pen: ImageDraw.ImageDraw, left: float, top: float, scale: int, wal
     """The borders and the wall with its door of one frame, as rectangles of whole px."""
 
     def fill(x0, y0, x1, y1):
-        if x0 < x1 and y0 < y1:  # a door that is read beyond a border leaves no wall there
-            pen.rectangle((left + x0 * scale, top + y0 * scale, left + x1 * scale - 1, top + y1 * scale - 1), fill=GREY)
+        pen.rectangle((left + x0 * scale, top + y0 * scale, left + x1 * scale - 1, top + y1 * scale - 1), fill=GREY)
 
     for border in (4, 60):
         fill(border, 0, border + 1, WORLD)
