@@ -27,6 +27,7 @@ Published, on a GPU: 97 % of 20 tasks (mean of three seeds and their last three 
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -52,7 +53,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather  # with a gradient
 from tqdm import trange
 
-from kernels import gru_rollout_cost, use_triton, variance_covariance_loss
+from kernels import CudaGraphs, gru_rollout_cost, use_triton, variance_covariance_loss
 
 SCRIPT = "world_model"
 FORMAT = "nanojepa/world_model/4"  # of a checkpoint
@@ -582,31 +583,19 @@ def search_round(model: Model, cfg: Config, z: Tensor, goal: Tensor, mean: Tenso
     return mean, std, elites, weight
 
 
-def plan(model: Model, cfg: Config, z: Tensor, goal: Tensor, horizon: int, g: torch.Generator, one_round=search_round):
-    """Latents and goals [E, D] -> plans [E, H, 2] in px a step. MPPI returns one of the last elites, CEM their mean."""
+def plan(search: Callable, cfg: Config, z: Tensor, goal: Tensor, horizon: int, g: torch.Generator) -> Tensor:
+    """Latents and goals [E, D] -> plans [E, H, 2] in px a step. MPPI returns one of the last elites, CEM their mean.
+
+    search: search_round of a model and its cfg."""
     mean = torch.zeros(len(z), horizon, 2, device=z.device, dtype=z.dtype)
     std = torch.full_like(mean, cfg.init_std)
     for _ in range(cfg.iterations):
         noise = torch.randn((len(z), cfg.samples, horizon, 2), generator=g, device=z.device, dtype=z.dtype)
-        mean, std, elites, weight = one_round(model, cfg, z, goal, mean, std, noise)
+        mean, std, elites, weight = search(z, goal, mean, std, noise)
     if cfg.planner == "cem":
         return mean
     drawn = torch.multinomial(weight, 1, generator=g)[:, 0]
     return elites[torch.arange(len(z), device=z.device), drawn]
-
-
-class CudaGraphs:
-    """search_round with its hundreds of launches as one: a CUDA graph for each shape, captured when it is first met."""
-
-    def __init__(self):
-        self.captured, self.pool = {}, torch.cuda.graph_pool_handle()
-
-    def __call__(self, model: Model, cfg: Config, *inputs: Tensor) -> list[Tensor]:
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.captured:
-            function = lambda *inputs: search_round(model, cfg, *inputs)
-            self.captured[shapes] = torch.cuda.make_graphed_callables(function, inputs, pool=self.pool)
-        return [x.clone() for x in self.captured[shapes](*inputs)]  # the next replay writes there
 
 
 class Agent:
@@ -615,7 +604,8 @@ class Agent:
     def __init__(self, model: Model, cfg: Config, seed: int = 0):
         self.model, self.cfg, self.device = model.eval(), cfg, next(model.parameters()).device
         self.generator, self.seed = torch.Generator(self.device), seed
-        self.one_round = CudaGraphs() if self.device.type == "cuda" else search_round
+        search = functools.partial(search_round, model, cfg)
+        self.search = CudaGraphs(search) if self.device.type == "cuda" else search  # one launch instead of hundreds
         self.reset()
 
     def reset(self) -> None:
@@ -638,7 +628,7 @@ class Agent:
         if self.plan is None or self.age >= min(self.cfg.replan_every, self.plan.shape[1]):
             z, goal = self.model.encode(torch.stack((obs, goal_obs), 1)).unbind(1)
             horizon = min(self.cfg.horizon, steps_left)
-            self.plan = plan(self.model, self.cfg, z, goal, horizon, self.generator, self.one_round)
+            self.plan = plan(self.search, self.cfg, z, goal, horizon, self.generator)
             self.age = 0
         self.age += 1
         return self.plan[:, self.age - 1]

@@ -11,7 +11,7 @@ Triton, for at most 1,024 rows: one kernel, launched H + 1 times, with the next 
 program settles its 16 rows (LayerNorm of all D features, distance to the goal), then computes 64 of the next state's
 columns, all three gates of a column together, so that the [E S, 3D] products never leave the registers. The programs
 of the same rows settle them each for itself. A planner captures the launches in a CUDA graph, as `CudaGraphs` in
-world_model.py does; launched one by one they take the CPU longer than the GPU.
+kernels/graphs.py does; launched one by one they take the CPU longer than the GPU.
 
 Counted, not measured (no GPU at hand), a step at D 512 on an H100, float32, as the published planner computes:
 200 rows (1 episode): 104 programs read 41 MB of weights from the L2 cache, about 15 us. A loop of library calls in a

@@ -5,6 +5,7 @@ our modules compute the same. The tolerance is 1e-9 of each tensor's size.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -373,7 +374,8 @@ def test_world_planners(world, world_model, planner, monkeypatch):
     for n, expected in enumerate(published["iterations"], 1):
         iteration.clear()
         costs.clear()
-        found = wm.plan(world_model, dataclasses.replace(cfg, iterations=n), z, goal, 5, torch.Generator())
+        search = functools.partial(wm.search_round, world_model, cfg)
+        found = wm.plan(search, dataclasses.replace(cfg, iterations=n), z, goal, 5, torch.Generator())
         # the published code divides by 1e-9 more than a sum of weights
         assert_facts(costs[-1][0] + first, expected["costs"], 1e-8)
         if planner == "cem":  # MPPI returns an elite; its mean shows in the costs of the next iteration

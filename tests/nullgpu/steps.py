@@ -92,7 +92,7 @@ def planner(script, name: str) -> dict:
             seconds, after = time.perf_counter() - begin, counts()
         found |= {f"{way}_{what}": after[what] - before[what] for what in ("launches", "graphs")}
         found[f"{way}_milliseconds"] = 1e3 * seconds
-        agent.one_round = script.search_round
+        agent.search = agent.search.function
     return found
 
 
