@@ -53,11 +53,11 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm.contrib.concurrent import thread_map
 
-from kernels import sigreg_loss, use_triton, variance_covariance_loss
+from kernels import Muon, sigreg_loss, use_triton, variance_covariance_loss
 
 SCRIPT = "image_jepa"
 DIRECTIONS, KNOTS = 256, 10  # of SIGReg: random directions, new ones in each step; points of its integral
-FORMAT = "nanojepa/image_jepa/2"  # of a checkpoint
+FORMAT = "nanojepa/image_jepa/3"  # of a checkpoint
 
 
 class UserError(ValueError):
@@ -459,29 +459,14 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
-class Muon(torch.optim.Muon):
-    """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
-
-    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
-    memory: make it after the model has moved to its device."""
-
-    def __init__(self, weights: list[nn.Parameter], weight_decay: float):
-        self.weights = weights
-        super().__init__([w.data.view(len(w), -1) for w in weights], momentum=0.9, weight_decay=weight_decay)
-
-    def step(self) -> None:
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
-            matrix.grad = weight.grad.flatten(1)
-        super().step()
-
-
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of a factor of the learning rate and an optimiser."""
+    """Pairs of a factor of the learning rate and an optimiser. Muon (kellerjordan.github.io/posts/muon) orthogonalises
+    the steps of matrices and convolutions; vectors take Adam's."""
     if cfg.optimizer == "lars":
         return [(1.0, LARS(model.parameters(), cfg.lr, cfg.weight_decay))]
     matrices = [p for p in model.parameters() if p.ndim > 1 and len(p) > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1 or len(p) == 1]  # a ViT's position embedding too
-    return [(1.0, Muon(matrices, cfg.weight_decay)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
+    return [(1.0, Muon(matrices, weight_decay=cfg.weight_decay)), (0.1, torch.optim.Adam(vectors, betas=(0.9, 0.98)))]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

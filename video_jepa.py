@@ -46,10 +46,10 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
 
-from kernels import use_triton, variance_covariance_loss
+from kernels import Muon, use_triton, variance_covariance_loss
 
 SCRIPT = "video_jepa"
-FORMAT = "nanojepa/video_jepa/2"  # of a checkpoint
+FORMAT = "nanojepa/video_jepa/3"  # of a checkpoint
 SIZE, DIGIT = 64, 28  # side of a frame and of a digit, px
 FRAMES = 10  # of a clip
 CELLS = 8  # of the detection map, along each axis
@@ -362,24 +362,9 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Muon(torch.optim.Muon):
-    """Momentum with orthogonalised steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for convolutions too.
-
-    PyTorch's takes matrices only, so it is given views [first axis, all the rest] of the weights, which share their
-    memory: make it after the model has moved to its device."""
-
-    def __init__(self, weights: list[nn.Parameter]):
-        self.weights = weights
-        super().__init__([w.data.view(len(w), -1) for w in weights], momentum=0.9, weight_decay=0.01)
-
-    def step(self) -> None:
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
-            matrix.grad = weight.grad.flatten(1)
-        super().step()
-
-
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of a factor of the learning rate and an optimiser."""
+    """Pairs of a factor of the learning rate and an optimiser. Muon (kellerjordan.github.io/posts/muon) orthogonalises
+    the steps of matrices and convolutions; vectors take Adam's."""
     if cfg.optimizer == "adam":
         return [(1.0, torch.optim.Adam(model.parameters()))]
     matrices = [p for p in model.parameters() if p.ndim > 1]

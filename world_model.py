@@ -53,10 +53,10 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather  # with a gradient
 from tqdm import trange
 
-from kernels import CudaGraphs, gru_rollout_cost, use_triton, variance_covariance_loss
+from kernels import CudaGraphs, Muon, gru_rollout_cost, use_triton, variance_covariance_loss
 
 SCRIPT = "world_model"
-FORMAT = "nanojepa/world_model/4"  # of a checkpoint
+FORMAT = "nanojepa/world_model/5"  # of a checkpoint
 
 
 class UserError(ValueError):
@@ -526,14 +526,13 @@ def collapse_meter(z: Tensor) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------- optimisation
 def make_optimizers(model: Model, cfg: Config) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Pairs of a factor of the learning rate and an optimiser. Muon orthogonalises the steps of matrices (Jordan et al.
-    2024, kellerjordan.github.io/posts/muon); vectors and convolutions take Adam's."""
+    """Pairs of a factor of the learning rate and an optimiser. Muon (kellerjordan.github.io/posts/muon) orthogonalises
+    the steps of matrices; vectors and convolutions take Adam's."""
     if cfg.optimizer == "adamw":
         return [(1.0, torch.optim.AdamW(model.parameters(), weight_decay=1e-5))]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    muon = torch.optim.Muon(matrices, momentum=0.9, weight_decay=0.01)
-    return [(1.0, muon), (0.1, torch.optim.Adam(others, betas=(0.9, 0.98)))]
+    return [(1.0, Muon(matrices)), (0.1, torch.optim.Adam(others, betas=(0.9, 0.98)))]
 
 
 def learning_rate(cfg: Config, step: int) -> float:

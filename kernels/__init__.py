@@ -7,8 +7,9 @@ times both. `CudaGraphs` makes one launch of any function of tensors.
 
 from kernels.dispatch import use_triton
 from kernels.graphs import CudaGraphs
+from kernels.muon import Muon
 from kernels.rollout import gru_rollout_cost
 from kernels.sigreg import sigreg_loss
 from kernels.variance_covariance import variance_covariance_loss
 
-__all__ = ["CudaGraphs", "gru_rollout_cost", "sigreg_loss", "use_triton", "variance_covariance_loss"]
+__all__ = ["CudaGraphs", "Muon", "gru_rollout_cost", "sigreg_loss", "use_triton", "variance_covariance_loss"]

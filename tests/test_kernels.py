@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from kernels import (
+    Muon,
     dispatch,
     gru_rollout_cost,
+    muon,
     rollout,
     sigreg,
     sigreg_loss,
@@ -248,6 +250,56 @@ def test_rollout_has_a_gradient():
     _, _, state, actions, goal, weights = rollout_arguments(2, 2, 3, 5, torch.float64)
     leaves = [x.clone().requires_grad_() for x in (state, actions, goal)]
     assert torch.autograd.gradcheck(lambda *x: gru_rollout_cost(*x, *weights), leaves)
+
+
+# ------------------------------------------------------------------------------------------------------------- Muon
+def muon_steps(weights, optimizer):
+    """Four steps; the last gradients nearly cancel the momentum: another momentum, or none of Nesterov, turns the step.
+
+    -> after each the step without the weight decay, and the matrix that it orthogonalises."""
+    gradients = [size * torch.randn(w.shape) for size, w in zip((1, 1000, 1, 1), weights)]
+    sums, steps = [0] * len(weights), []
+    for last in ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (-1.07, -1.19, -1.19, -1.1)):
+        before = [w.detach().clone() for w in weights]
+        for w, g, factor in zip(weights, gradients, last):
+            w.grad = factor * g
+        optimizer.step()
+        for i, (w, old) in enumerate(zip(weights, before)):
+            sums[i] = 0.9 * sums[i] + w.grad
+            steps.append((((1 - 0.1 * 0.5) * old - w.detach()).flatten(1) / 0.1, (w.grad + 0.9 * sums[i]).flatten(1)))
+    return steps
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_against_its_definition(bfloat16, monkeypatch):
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 12), (6, 3, 2, 2), (12, 6), (6, 12))]
+    for step, momentum in muon_steps(weights, Muon(weights, lr=0.1, weight_decay=0.5)):
+        u, _, v = torch.linalg.svd(momentum, full_matrices=False)
+        assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+        values = torch.linalg.svdvals(step) / max(1, len(step) / step.shape[1]) ** 0.5
+        assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_muon_equals_pytorchs_and_resumes(monkeypatch):
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    shapes = (40, 64), (40, 16, 2, 2), (64, 40), (40, 64)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    matrices = [torch.nn.Parameter(w.detach().flatten(1).clone()) for w in weights]
+    ours, theirs = Muon(weights, lr=0.1), torch.optim.Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for n in range(4):
+        for w, matrix in zip(weights, matrices):
+            w.grad = torch.randn_like(w)
+            matrix.grad = w.grad.flatten(1)
+        if n == 2:
+            saved, ours = ours.state_dict(), Muon(weights)
+            ours.load_state_dict(saved)
+        ours.step()
+        theirs.step()
+        for w, matrix in zip(weights, matrices):
+            torch.testing.assert_close(w.flatten(1), matrix, rtol=0, atol=2e-3)  # bit for bit, if sums are alike
 
 
 # ------------------------------------------------------------------------------------------------------- which path
