@@ -106,6 +106,8 @@ class Config:
     def __post_init__(self):
         if min(self.batch_size, self.rounds, self.levels, self.log_every, self.epochs, self.lr) <= 0:
             raise UserError("--batch-size, --rounds, --levels, --log-every, --epochs and --lr must be positive")
+        if not 0 <= self.seed < 2**63:
+            raise UserError("--seed must be at least 0 and below 2^63")
         if SIZE // self.stride % 2 ** (self.levels - 1):
             raise UserError(f"--levels {self.levels} is too many for latent maps of {SIZE // self.stride} px")
 
@@ -479,10 +481,11 @@ def train(cfg: Config) -> dict:
     run_dir = Path(cfg.run_dir or f"runs/{SCRIPT}/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if rank == 0 and run_dir.exists() and not cfg.resume:
         raise UserError(f"{run_dir} exists: choose another --run-dir, or go on with its run by --resume")
-    if rank > 0:
-        dist.barrier()  # until the first process has downloaded the files
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank > 0:
+        dist.barrier()  # until the first process of this computer has downloaded the files
     train_sequences, validation_sequences = load_sequences(cfg)
-    if world > 1 and rank == 0:
+    if world > 1 and local_rank == 0:
         dist.barrier()
     train_clips = make_clips(train_sequences, device)
     if cfg.batch_size > len(train_clips.frames):
@@ -585,7 +588,7 @@ def parse_args(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--run-dir", default="")
+    parser.add_argument("--run-dir", "--run_dir", default="")
     known, _ = parser.parse_known_args(argv)
     default = preset(known.preset)
     if known.resume:

@@ -566,15 +566,15 @@ def rollout_cost(model: Model, cfg: Config, z: Tensor, goal: Tensor, actions: Te
 def search_round(model: Model, cfg: Config, z: Tensor, goal: Tensor, mean: Tensor, std: Tensor, noise: Tensor):
     """One round of sampling around mean and std [E, H, 2] with standard normal noise [E, S, H, 2].
 
-    -> the next mean and std, the elites [E, elites, H, 2] and their weights [E, elites]. MPPI (Williams et al. 2017,
-    arXiv 1707.02342) weighs the elites by their costs, CEM weighs them equally."""
+    -> the next mean and std, the elites [E, elites, H, 2] and their weights in MPPI [E, elites] (Williams et al. 2017,
+    arXiv 1707.02342), softmax(-0.005 cost) as published. CEM weighs the elites equally."""
     actions = mean[:, None] + std[:, None] * noise
     if cfg.action_limit > 0:
         norm = actions.norm(dim=3, keepdim=True)
         actions = actions * norm.clamp(max=cfg.action_limit) / (norm + 1e-6)
     cost, index = rollout_cost(model, cfg, z, goal, actions).topk(cfg.elites, 1, largest=False)
     elites = actions[torch.arange(len(z), device=z.device)[:, None], index]
-    weight = torch.softmax(-0.005 * cost, 1)  # as published; of MPPI alone
+    weight = torch.softmax(-0.005 * cost, 1)
     if cfg.planner == "cem":
         return elites.mean(1), elites.std(1), elites, weight
     mean = torch.einsum("en,enha->eha", weight, elites)
@@ -615,7 +615,7 @@ class Agent:
     def act(self, obs: Tensor, goal_obs: Tensor, steps_left: int) -> Tensor:
         """Observations and goals [E, 2, 65, 65], uint8 or floats in 0..255 -> actions [E, 2] in px.
 
-        steps_left counts the step to come. Raises ValueError for other shapes or ranges."""
+        steps_left counts the step to come. Raises ValueError for other shapes, and for floats in 0..1."""
         obs, goal_obs = torch.as_tensor(obs, device=self.device), torch.as_tensor(goal_obs, device=self.device)
         if obs.shape != goal_obs.shape or obs.shape[1:] != (2, SIZE, SIZE) or steps_left < 1:
             shapes = f"{tuple(obs.shape)} and {tuple(goal_obs.shape)}"
@@ -871,7 +871,7 @@ def parse_args(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--run-dir", default="")
+    parser.add_argument("--run-dir", "--run_dir", default="")
     known, _ = parser.parse_known_args(argv)
     default = preset(known.preset)
     if known.resume:

@@ -1,8 +1,8 @@
-"""Shared building blocks of the three scripts: anti-collapse losses, planning rollouts, CUDA graphs.
+"""Shared building blocks of the three scripts: anti-collapse losses, planning rollouts, and what makes them fast.
 
 The file of a loss or rollout holds the formula, a PyTorch function (the path on CPU and MPS, and in float64) and Triton
 kernels behind a registered op (the path on NVIDIA GPUs). `use_triton` overrides the choice; `python -m kernels.bench`
-times both. `CudaGraphs` makes one launch of any function of tensors.
+times both. Beside them `Muon`, an optimiser, and `CudaGraphs`, which launches many operations as one.
 """
 
 from kernels.dispatch import use_triton
