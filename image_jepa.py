@@ -132,13 +132,13 @@ class Config:
 # What gpu, cpu and smoke have in common.
 FAST = dict(variance_weight=2.5, covariance_weight=40.0, stem_padding=1)
 FAST |= dict(optimizer="muon", lr=0.02, weight_decay=0.01, schedule="step")
-CPU = dict(FAST, lr=0.05, backbone="small", projector_width=512, projector_out=256, bf16=False, compile=False)
+CPU = dict(FAST, backbone="small", projector_width=512, projector_out=256, bf16=False, compile=False)
 CPU_VIEWS = dict(views=4, crop_size=20, crop_scale=(0.2, 0.75), jitter=1.4, grey=0.25)
 DIGITS = dict(data="digits", crop_size=24, crop_scale=(0.6, 1.0), jitter=2.0, grey=0.5, solarise=0.3, log_every=25)
 PRESETS: dict[str, dict] = {
     "gpu": dict(FAST, views=4, crop_size=24, crop_scale=(0.15, 0.8), epochs=150, warmup_epochs=3),  # not tuned yet
     "paper": {},
-    "cpu": dict(CPU, **CPU_VIEWS, batch_size=128, epochs=5.2, warmup_epochs=0.3),
+    "cpu": dict(CPU, **CPU_VIEWS, lr=0.05, batch_size=128, epochs=5.2, warmup_epochs=0.3),
     "smoke": dict(
         CPU | DIGITS, width=24, projector_width=64, projector_out=64, batch_size=64, epochs=2, warmup_epochs=0.2
     ),

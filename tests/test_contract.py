@@ -119,8 +119,11 @@ def test_sigkill_loses_at_most_the_steps_since_the_last_checkpoint(script, tmp_p
         reached = step
 
 
-@SCRIPTS
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "script, number",
+    [(vj, signal.SIGINT), (ij, signal.SIGTERM), (wm, signal.SIGINT)],
+    ids=lambda x: getattr(x, "SCRIPT", ""),
+)
 def test_a_signal_saves_and_says_so(script, tmp_path, number):
     folder = tmp_path / "run"
     run = start_endless(script, folder, "--log-every", "50", "--save-every", "9999")
