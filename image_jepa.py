@@ -105,7 +105,7 @@ class Config:
     covariance_weight: float = 80.0  # vicreg: squared off-diagonal covariances of projected features
     sigreg_weight: float = 10.0  # sigreg: distance of random directions' distribution from a Gaussian
     # optimisation
-    optimizer: Literal["lars", "muon"] = "lars"  # usual --lr: 0.3, 0.05
+    optimizer: Literal["lars", "muon"] = "lars"  # usual --lr: 0.3, 0.02-0.05
     epochs: float = 300.0  # passes over the images
     max_steps: int = 0  # stop after this many steps of the schedule; 0 = off
     batch_size: int = 256  # images a step, over all processes
